@@ -71,6 +71,8 @@ type Answer struct {
 	Header http.Header
 	// Body is decoded and already capped by whoever read it.
 	Body []byte
+	// Truncated: the body was larger than its cap, and is cut off.
+	Truncated bool
 	// Err is the transport error when there was no answer.
 	Err error
 }

@@ -1,0 +1,411 @@
+// Package consumer is Headgate's worker: it owns partitions of the request
+// stream, pulls their messages, calls the API for those that their creator's
+// gate admits, decides what each answer means and settles the message.
+//
+// A request with a PubAck ends in exactly one durable outcome, a result or a
+// dead letter, or is still visibly waiting. The call itself may happen more
+// than once.
+package consumer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/rs/zerolog"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/publisher"
+	"github.com/headgate-io/headgate/resilience"
+)
+
+// API makes the calls. Prepare checks a request against what its operation
+// needs and returns the call; its error says what the request lacks, and makes
+// it a dead letter without a call. A call never fails in a way that its answer
+// does not tell.
+type API interface {
+	Prepare(*publisher.Request) (call func(context.Context) classify.Answer, err error)
+}
+
+// Operation is what a worker has to know of one kind of request.
+type Operation struct {
+	Kind resilience.Kind
+	// NotFoundEmpty: nothing found is an empty result, not a failure.
+	NotFoundEmpty bool
+	Retry         Retry
+}
+
+// AnyOperation is the key of the operation that stands for all that are not named.
+const AnyOperation = "*"
+
+// Config is a worker's. Only what says so may be left zero.
+type Config struct {
+	Name       string // of this worker, unique
+	Provider   string // for people
+	Topology   publisher.Topology
+	Profile    *classify.Profile
+	API        API
+	Operations map[string]Operation
+	Gates      resilience.Config
+
+	// Grace is how long calls in flight may go on when the worker is told to
+	// stop. Zero: they are cut off at once.
+	Grace time.Duration
+	// StoreTimeout bounds one attempt to write to the server; default 5 s.
+	StoreTimeout time.Duration
+	Log          zerolog.Logger
+}
+
+// Stats counts what a worker has done.
+type Stats struct {
+	Calls, Results, DeadLetters, Retries int64
+	Held                                 time.Duration // sum of all holds that answers asked for
+}
+
+// Worker is made by New and runs once.
+type Worker struct {
+	cfg       Config
+	log       zerolog.Logger
+	nc        *nats.Conn
+	publisher *publisher.Publisher
+	gates     *resilience.Gates
+	holds     *holds
+	ledger    *ledger
+	requests  string    // names of streams
+	results   string    //
+	created   time.Time // when the stream was, for requests without an id
+
+	partitions []*partition
+	calls      sync.WaitGroup
+	near       atomic.Int64 // messages waiting in this worker
+	hungry     queue        // creators that wait for one of the worker's calls to end
+	slow       queue        // slow ones, for one of theirs
+
+	callCtx   context.Context // of calls
+	settleCtx context.Context // of what must be done once a call was made
+	cutCalls  context.CancelFunc
+	cutSettle context.CancelFunc
+
+	stats struct{ calls, results, deadLetters, retries, held atomic.Int64 }
+}
+
+// New binds to what publisher.Topology.Ensure has made. It calls nobody.
+func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
+	gates, err := resilience.NewGates(cfg.Gates)
+	if err != nil {
+		return nil, err
+	}
+	if cfg.StoreTimeout == 0 {
+		cfg.StoreTimeout = 5 * time.Second
+	}
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return nil, fmt.Errorf("use JetStream: %w", err)
+	}
+	ns := cfg.Topology.Namespace
+	w := &Worker{
+		cfg: cfg, log: cfg.Log, nc: nc, gates: gates,
+		publisher: publisher.New(js, cfg.Topology),
+		requests:  ns.Stream(publisher.Requests), results: ns.Stream(publisher.Results),
+	}
+	stream, err := js.Stream(ctx, w.requests)
+	if err != nil {
+		return nil, fmt.Errorf("bind to stream %s (has `headgate setup` been run?): %w", w.requests, err)
+	}
+	w.created = stream.CachedInfo().Created
+
+	buckets := map[string]jetstream.KeyValue{}
+	for _, name := range []string{publisher.Holds, publisher.Ledger, publisher.Owners} {
+		if buckets[name], err = js.KeyValue(ctx, ns.Stream(name)); err != nil {
+			return nil, fmt.Errorf("bind to bucket %s (has `headgate setup` been run?): %w", ns.Stream(name), err)
+		}
+	}
+	w.holds = &holds{kv: buckets[publisher.Holds], log: cfg.Log, creators: make(map[string]resilience.Hold)}
+	w.ledger = &ledger{nc: nc, kv: buckets[publisher.Ledger], api: jetstream.DefaultAPIPrefix}
+
+	// Together the partitions have no more in their buffers than the worker
+	// can call at once, so that none waits there for longer than a call.
+	window := min(max(cfg.Gates.InFlight/cfg.Topology.Partitions, 8), 256)
+	for n := range cfg.Topology.Partitions {
+		p := &partition{w: w, number: n, here: make(map[uint64]*delivery)}
+		p.lease = lease{kv: buckets[publisher.Owners], key: fmt.Sprintf("partition.%d", n)}
+		p.puller = puller{
+			nc: nc, window: window, receive: p.receive,
+			next: fmt.Sprintf("%sCONSUMER.MSG.NEXT.%s.%s", jetstream.DefaultAPIPrefix, w.requests, publisher.ConsumerName(n)),
+			trouble: func(err error) {
+				w.log.Warn().Err(err).Int("partition", n).Msg("cannot pull; trying again")
+			},
+		}
+		w.partitions = append(w.partitions, p)
+	}
+	return w, nil
+}
+
+// Stats may be called at any time.
+func (w *Worker) Stats() Stats {
+	s := &w.stats
+	return Stats{
+		Calls: s.calls.Load(), Results: s.results.Load(), DeadLetters: s.deadLetters.Load(),
+		Retries: s.retries.Load(), Held: time.Duration(s.held.Load()),
+	}
+}
+
+// Run works until ctx ends. Then it stops pulling, lets calls in flight finish
+// within the grace time, gives back what has not been called, and releases its
+// partitions. It returns an error only if it could not start.
+func (w *Worker) Run(ctx context.Context) error {
+	w.callCtx, w.cutCalls = context.WithCancel(context.WithoutCancel(ctx))
+	defer w.cutCalls()
+	w.settleCtx, w.cutSettle = context.WithCancel(context.WithoutCancel(ctx))
+	defer w.cutSettle()
+
+	// What keeps leases and deliveries alive goes on until all calls are over.
+	keepCtx, stopKeeping := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopKeeping()
+	var keepers errgroup.Group
+	ready := make(chan struct{})
+	keepers.Go(func() error { w.watchHolds(keepCtx, sync.OnceFunc(func() { close(ready) })); return nil })
+	select {
+	case <-ready: // before its first call a worker knows every hold
+	case <-ctx.Done():
+	}
+	keepers.Go(func() error { w.keepLeases(keepCtx, ctx.Done()); return nil })
+	keepers.Go(func() error { w.tick(keepCtx); return nil })
+	<-ctx.Done()
+
+	w.log.Info().Int("in_flight", w.gates.InFlight()).Dur("grace_ms", w.cfg.Grace).Msg("stopping: no more messages are taken")
+	for _, p := range w.partitions {
+		p.leave()
+	}
+	w.wait()
+	stopKeeping()
+	_ = keepers.Wait()
+	return w.release(context.WithoutCancel(ctx))
+}
+
+// wait lets what is in flight finish, and cuts it off after the grace time.
+func (w *Worker) wait() {
+	done := make(chan struct{})
+	go func() {
+		w.calls.Wait()
+		close(done)
+	}()
+	grace := time.NewTimer(w.cfg.Grace)
+	defer grace.Stop()
+	select {
+	case <-done:
+		return
+	case <-grace.C:
+		w.log.Warn().Int("in_flight", w.gates.InFlight()).Msg("grace time is over: calls are cut off and their requests given back")
+		w.cutCalls()
+	}
+	// An answer that is here is worth storing.
+	settle := time.NewTimer(w.cfg.StoreTimeout)
+	defer settle.Stop()
+	select {
+	case <-done:
+	case <-settle.C:
+		w.cutSettle()
+		<-done
+	}
+}
+
+func (w *Worker) release(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, w.cfg.StoreTimeout)
+	defer cancel()
+	var errs []error
+	for _, p := range w.partitions {
+		errs = append(errs, p.lease.release(ctx))
+	}
+	if err := w.nc.FlushWithContext(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("flush: %w", err))
+	}
+	if err := errors.Join(errs...); err != nil {
+		w.log.Warn().Err(err).Msg("not everything was released; the leases expire by themselves")
+	}
+	return nil
+}
+
+// watchHolds follows the HOLDS bucket, again and again should the watch end.
+func (w *Worker) watchHolds(ctx context.Context, ready func()) {
+	for ctx.Err() == nil {
+		if err := w.holds.watch(ctx, w, ready); err != nil && ctx.Err() == nil {
+			w.log.Error().Err(err).Msg("holds are not followed; trying again")
+			sleep(ctx, time.Second)
+		}
+	}
+}
+
+// keepLeases claims partitions until stop, and renews them until ctx ends.
+func (w *Worker) keepLeases(ctx context.Context, stop <-chan struct{}) {
+	t := time.NewTicker(leaseTTL / 3)
+	defer t.Stop()
+	for {
+		select {
+		case <-stop:
+			w.renew(ctx, false)
+		default:
+			w.renew(ctx, true)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+func (w *Worker) renew(ctx context.Context, claim bool) {
+	var g errgroup.Group
+	g.SetLimit(8)
+	for _, p := range w.partitions {
+		g.Go(func() error {
+			w.renewOne(ctx, p, claim)
+			return nil
+		})
+	}
+	_ = g.Wait()
+}
+
+func (w *Worker) renewOne(ctx context.Context, p *partition, claim bool) {
+	ctx, cancel := context.WithTimeout(ctx, leaseTTL/3)
+	defer cancel()
+	had := p.lease.revision != 0
+	if !had && !claim {
+		return
+	}
+	var before *storedMessage
+	if !had {
+		var err error
+		owners := w.cfg.Topology.Namespace.Stream(publisher.Owners)
+		if before, err = w.ledger.last(ctx, "KV_"+owners, "$KV."+owners+"."+p.lease.key); err != nil {
+			w.log.Warn().Err(err).Int("partition", p.number).Msg("cannot claim; trying again")
+			return
+		}
+	}
+	err := p.lease.renew(ctx, w.cfg.Name)
+	switch {
+	case err == nil && !had:
+		if err := p.enter(before != nil); err != nil {
+			w.log.Error().Err(err).Int("partition", p.number).Msg("cannot take messages; trying again")
+			p.leave()
+			_ = p.lease.release(ctx)
+			return
+		}
+		w.log.Debug().Int("partition", p.number).Msg("owned")
+	case errors.Is(err, errTaken) && had:
+		w.log.Error().Int("partition", p.number).Msg("lost to another worker; its messages are left to it")
+		p.leave()
+	case errors.Is(err, errTaken):
+	case err != nil && ctx.Err() == nil:
+		w.log.Warn().Err(err).Int("partition", p.number).Msg("not renewed; no call is started once the lease is over")
+	}
+}
+
+// tick does what has to be done now and then.
+func (w *Worker) tick(ctx context.Context) {
+	t := time.NewTicker(250 * time.Millisecond)
+	defer t.Stop()
+	reconnected := w.nc.StatusChanged(nats.CONNECTED)
+	defer w.nc.RemoveStatusListener(reconnected)
+	lastSweep := time.Now()
+	for {
+		rebind := false
+		var now time.Time
+		select {
+		case <-ctx.Done():
+			return
+		case <-reconnected:
+			rebind = true // the server that had our requests for messages may be gone
+			now = time.Now()
+		case now = <-t.C:
+		}
+		sweep := now.Sub(lastSweep) >= sweepEvery
+		for _, p := range w.partitions {
+			p.extend(now)
+			if rebind || p.puller.silent(now) {
+				if err := p.rebind(); err != nil {
+					w.log.Warn().Err(err).Int("partition", p.number).Msg("cannot pull; trying again")
+				}
+			}
+			p.pull()
+			if sweep {
+				p.sweep(now)
+			}
+		}
+		if sweep {
+			lastSweep = now
+			w.holds.expire(ctx, now)
+		}
+	}
+}
+
+// read turns a stored message into a request. It has an id, a creator and an
+// operation even if it cannot be read, so that its dead letter can be found.
+func (w *Worker) read(d *delivery) (publisher.Request, error) {
+	fallback := fmt.Sprintf("%d-%d", w.created.Unix(), d.seq)
+	req, err := publisher.ParseRequest(w.cfg.Topology.Namespace, d.msg.Subject, d.msg.Header, d.msg.Data, fallback)
+	if err != nil {
+		if req.ID == "" {
+			req.ID = fallback
+		}
+		if req.Creator == "" || req.Operation == "" {
+			req.Creator, req.Operation = unreadable, unreadable
+		}
+	}
+	return req, err
+}
+
+// unreadable stands for a creator or operation that cannot be read.
+const unreadable = "unreadable"
+
+// prepare finds a request's operation and turns it into a call.
+func (w *Worker) prepare(req *publisher.Request) (Operation, func(context.Context) classify.Answer, error) {
+	op, ok := w.cfg.Operations[req.Operation]
+	if !ok {
+		op, ok = w.cfg.Operations[AnyOperation]
+	}
+	if !ok {
+		known := slices.Sorted(maps.Keys(w.cfg.Operations))
+		return op, nil, fmt.Errorf("no operation %q is configured; there are: %s", req.Operation, strings.Join(known, ", "))
+	}
+	call, err := w.cfg.API.Prepare(req)
+	return op, call, err
+}
+
+// reply answers a delivery without waiting for the server. What gets lost is
+// made up for by AckWait.
+func (w *Worker) reply(subject string, payload []byte) {
+	if err := w.nc.Publish(subject, payload); err != nil {
+		w.log.Debug().Err(err).Msg("answer a delivery")
+	}
+}
+
+// released ends a creator's hold here, wherever the creator is.
+func (w *Worker) released(creator string) {
+	for _, p := range w.partitions {
+		p.release(creator)
+	}
+}
+
+func (w *Worker) replanAll() {
+	for _, p := range w.partitions {
+		p.replanAll()
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}

@@ -1,0 +1,140 @@
+package consumer
+
+import (
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/headgate-io/headgate/classify"
+)
+
+var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+func testOperation() Operation { return Operation{Retry: DefaultRetry()} }
+
+func TestDecide(t *testing.T) {
+	type want struct {
+		fate  fate
+		empty bool
+		after time.Duration // from noon
+		scope classify.Scope
+		until time.Duration // of the hold, from noon; -1: none stated
+	}
+	seconds := func(n int) (time.Duration, bool) { return time.Duration(n) * time.Second, true }
+	failure := func(c classify.Class, s classify.Scope, after ...int) classify.Failure {
+		f := classify.Failure{Class: c, Scope: s, Retryable: c.Retryable()}
+		if len(after) > 0 {
+			f.RetryAfter, f.RetryAfterKnown = seconds(after[0])
+		}
+		return f
+	}
+	for name, tc := range map[string]struct {
+		failure  classify.Failure
+		op       func(*Operation)
+		o        func(*outcome)
+		want     want
+		succeeds bool
+	}{
+		"success":               {succeeds: true, want: want{fate: succeed}},
+		"nothing found":         {failure: failure(classify.NotFound, classify.ScopeRequest), want: want{fate: bury}},
+		"nothing found, empty":  {failure: failure(classify.NotFound, classify.ScopeRequest), op: func(op *Operation) { op.NotFoundEmpty = true }, want: want{fate: succeed, empty: true}},
+		"validation":            {failure: failure(classify.Validation, classify.ScopeRequest), want: want{fate: bury}},
+		"429 holds the creator": {failure: failure(classify.RateLimit, classify.ScopeCreator, 30), want: want{fate: retry, after: 30 * time.Second, scope: classify.ScopeCreator, until: 30 * time.Second}},
+		"429 of the account":    {failure: failure(classify.RateLimit, classify.ScopeAccount, 30), want: want{fate: retry, after: 30 * time.Second, scope: classify.ScopeAccount, until: 30 * time.Second}},
+		"429 at once":           {failure: failure(classify.RateLimit, classify.ScopeCreator, 0), want: want{fate: retry}},
+		"a year is capped":      {failure: failure(classify.RateLimit, classify.ScopeCreator, 365*24*3600), want: want{fate: retry, after: 24 * time.Hour, scope: classify.ScopeCreator, until: 24 * time.Hour}},
+		"429 at its 20th time":  {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *outcome) { o.attempts, o.throttled = 0, 20 }, want: want{fate: retry, after: time.Second, scope: classify.ScopeCreator, until: time.Second}},
+		"429 at its 21st time":  {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *outcome) { o.attempts, o.throttled = 0, 21 }, want: want{fate: bury, scope: classify.ScopeCreator, until: time.Second}},
+		"throttled is no attempt": {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *outcome) { o.attempts, o.throttled = 3, 9 },
+			want: want{fate: retry, after: time.Second, scope: classify.ScopeCreator, until: time.Second}},
+		"first 500":          {failure: failure(classify.ServerError, classify.ScopeRequest), want: want{fate: retry, after: time.Second}},
+		"third 500":          {failure: failure(classify.ServerError, classify.ScopeRequest), o: func(o *outcome) { o.attempts = 3 }, want: want{fate: retry, after: 4 * time.Second}},
+		"fourth 500":         {failure: failure(classify.ServerError, classify.ScopeRequest), o: func(o *outcome) { o.attempts = 4 }, want: want{fate: bury}},
+		"second unknown":     {failure: failure(classify.Unknown, classify.ScopeRequest), o: func(o *outcome) { o.attempts = 2 }, want: want{fate: bury}},
+		"503 of one creator": {failure: failure(classify.ServerError, classify.ScopeProvider, 60), want: want{fate: retry, after: time.Minute, scope: classify.ScopeCreator, until: time.Minute}},
+		"503 of several":     {failure: failure(classify.ServerError, classify.ScopeProvider, 60), o: func(o *outcome) { o.providerFailing = true }, want: want{fate: retry, after: time.Minute, scope: classify.ScopeProvider, until: time.Minute}},
+		"session expired":    {failure: failure(classify.SessionExpired, classify.ScopeCreator), want: want{fate: bury, scope: classify.ScopeCreator, until: -1}},
+		"billing":            {failure: failure(classify.Billing, classify.ScopeAccount), want: want{fate: bury, scope: classify.ScopeAccount, until: accountPause}},
+		"quota until":        {failure: failure(classify.QuotaExceeded, classify.ScopeAccount, 3600), want: want{fate: bury, scope: classify.ScopeAccount, until: time.Hour}},
+		"wrong key":          {failure: failure(classify.Unauthorized, classify.ScopeAccount), want: want{fate: bury, scope: classify.ScopeAccount, until: accountPause}},
+		"locked request":     {failure: failure(classify.Locked, classify.ScopeRequest, 60), want: want{fate: retry, after: time.Minute}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			op := testOperation()
+			if tc.op != nil {
+				tc.op(&op)
+			}
+			o := outcome{failure: tc.failure, failed: !tc.succeeds, attempts: 1, now: noon}
+			if tc.o != nil {
+				tc.o(&o)
+			}
+			v := decide(o, op)
+			got := want{fate: v.fate, empty: v.empty, scope: v.scope}
+			if v.fate == retry {
+				got.after = v.after.Sub(noon)
+			}
+			if v.hold != nil {
+				if got.until = -1; !v.hold.Until.IsZero() {
+					got.until = v.hold.Until.Sub(noon)
+				}
+			}
+			if got != tc.want {
+				t.Errorf("got %+v, want %+v", got, tc.want)
+			}
+			if (v.fate == bury) != (v.reason != "") {
+				t.Errorf("fate %d with reason %q", v.fate, v.reason)
+			}
+		})
+	}
+}
+
+// Whatever the API says: no retry before the time it stated, no hold or retry
+// beyond the cap, and a request that is tried on has attempts left.
+func TestDecideProperties(t *testing.T) {
+	classes := []classify.Class{
+		classify.RateLimit, classify.ConcurrencyLimit, classify.ServerError, classify.UpstreamError, classify.NetworkError,
+		classify.Timeout, classify.Locked, classify.RulesOutdated, classify.NotFound, classify.Unauthorized,
+		classify.SessionExpired, classify.Forbidden, classify.Validation, classify.Billing, classify.QuotaExceeded, classify.Unknown,
+	}
+	scopes := []classify.Scope{classify.ScopeRequest, classify.ScopeCreator, classify.ScopeAccount, classify.ScopeProvider}
+	rapid.Check(t, func(t *rapid.T) {
+		op := testOperation()
+		f := classify.Failure{
+			Class: rapid.SampledFrom(classes).Draw(t, "class"), Scope: rapid.SampledFrom(scopes).Draw(t, "scope"),
+			Retryable:       rapid.Bool().Draw(t, "retryable"),
+			RetryAfterKnown: rapid.Bool().Draw(t, "known"),
+		}
+		if f.RetryAfterKnown {
+			f.RetryAfter = time.Duration(rapid.Int64Min(0).Draw(t, "after"))
+		}
+		o := outcome{
+			failure: f, failed: true, now: noon, attempts: rapid.IntRange(0, 50).Draw(t, "attempts"),
+			throttled: rapid.IntRange(0, 50).Draw(t, "throttled"), random: rapid.Float64Range(0, 0.999).Draw(t, "random"),
+			providerFailing: rapid.Bool().Draw(t, "failing"),
+		}
+		v := decide(o, op)
+		stated := min(f.RetryAfter, op.Retry.Cap)
+		if v.fate == retry {
+			if !f.Retryable {
+				t.Fatal("retried what is terminal")
+			}
+			wait := v.after.Sub(noon)
+			if wait < stated || wait > op.Retry.Cap+op.Retry.Max {
+				t.Fatalf("waits %v, the API said %v", wait, f.RetryAfter)
+			}
+			if !f.RetryAfterKnown && wait < op.Retry.Base {
+				t.Fatalf("backs off for %v", wait)
+			}
+			if f.Class.Throttled() && o.throttled > op.Retry.Throttled || !f.Class.Throttled() && o.attempts >= op.Retry.Attempts {
+				t.Fatal("tried on with nothing left")
+			}
+		}
+		if v.hold != nil && !v.hold.Until.IsZero() && v.hold.Until.Sub(noon) > op.Retry.Cap {
+			t.Fatalf("held for %v", v.hold.Until.Sub(noon))
+		}
+		if v.hold != nil && v.scope == classify.ScopeProvider && !o.providerFailing && f.Class != classify.RateLimit {
+			t.Fatal("the provider is held on one creator's word")
+		}
+	})
+}

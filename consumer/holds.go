@@ -1,0 +1,211 @@
+package consumer
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/rs/zerolog"
+
+	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/publisher"
+	"github.com/headgate-io/headgate/resilience"
+)
+
+// Keys of HOLDS.
+const (
+	holdAccount  = "account"
+	holdProvider = "provider"
+	holdCreator  = "creator." // + the creator's token
+)
+
+// holds mirrors the HOLDS bucket, which every worker watches, so that a hold
+// outlives the worker that met it and people can set one by hand.
+type holds struct {
+	kv  jetstream.KeyValue
+	log zerolog.Logger
+
+	mu       sync.RWMutex
+	creators map[string]resilience.Hold
+}
+
+// storedHold is a hold as JSON in HOLDS.
+type storedHold struct {
+	Until  *time.Time     `json:"until,omitempty"` // absent: until it is released
+	Since  time.Time      `json:"since"`
+	Reason string         `json:"reason,omitempty"`
+	Class  classify.Class `json:"class,omitempty"`
+	Who    string         `json:"who,omitempty"`
+}
+
+// parseHold reads what a worker or a person put into HOLDS at a time: JSON, a
+// duration from then on, or an RFC 3339 time.
+func parseHold(value []byte, put time.Time) (resilience.Hold, error) {
+	text := strings.TrimSpace(string(value))
+	byHand := resilience.Hold{Since: put, Reason: "held by hand", Who: "operator"}
+	if d, err := time.ParseDuration(text); err == nil {
+		if d <= 0 {
+			return resilience.Hold{}, fmt.Errorf("a hold of %s has no end in the future", d)
+		}
+		byHand.Until = put.Add(d)
+		return byHand, nil
+	}
+	if at, err := time.Parse(time.RFC3339, text); err == nil {
+		byHand.Until = at
+		return byHand, nil
+	}
+	if !strings.HasPrefix(text, "{") {
+		return resilience.Hold{}, errors.New(`a hold is a duration ("1h"), an RFC 3339 time, or a JSON object with "until" and "reason"`)
+	}
+	var s storedHold
+	if err := json.Unmarshal(value, &s); err != nil {
+		return resilience.Hold{}, fmt.Errorf("a hold's JSON: %w", err)
+	}
+	h := resilience.Hold{Since: s.Since, Reason: s.Reason, Class: s.Class, Who: s.Who}
+	if h.Since.IsZero() {
+		h.Since = put
+	}
+	if s.Until != nil {
+		h.Until = *s.Until
+	}
+	return h, nil
+}
+
+func encodeHold(h resilience.Hold) ([]byte, error) {
+	s := storedHold{Since: h.Since.UTC().Round(0), Reason: h.Reason, Class: h.Class, Who: h.Who}
+	if !h.Until.IsZero() {
+		until := h.Until.UTC().Round(0)
+		s.Until = &until
+	}
+	return json.Marshal(s)
+}
+
+func (hs *holds) of(creator string) (resilience.Hold, bool) {
+	hs.mu.RLock()
+	defer hs.mu.RUnlock()
+	h, ok := hs.creators[creator]
+	return h, ok
+}
+
+// store makes a hold durable and known to all workers.
+func (hs *holds) store(ctx context.Context, key string, h resilience.Hold) error {
+	value, err := encodeHold(h)
+	if err != nil {
+		return fmt.Errorf("encode hold: %w", err)
+	}
+	if _, err := hs.kv.Put(ctx, key, value); err != nil {
+		return fmt.Errorf("store hold %s: %w", key, err)
+	}
+	return nil
+}
+
+// watch applies what is in HOLDS and then each change. It calls ready when all
+// that stands has been applied, and returns when ctx ends.
+func (hs *holds) watch(ctx context.Context, w *Worker, ready func()) error {
+	watcher, err := hs.kv.WatchAll(ctx)
+	if err != nil {
+		return fmt.Errorf("watch holds: %w", err)
+	}
+	defer func() { _ = watcher.Stop() }()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case entry, open := <-watcher.Updates():
+			switch {
+			case !open:
+				return errors.New("watch holds: the watcher ended")
+			case entry == nil:
+				ready()
+			default:
+				hs.apply(w, entry)
+			}
+		}
+	}
+}
+
+func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
+	key := entry.Key()
+	name, perCreator := strings.CutPrefix(key, holdCreator)
+	if perCreator {
+		var err error
+		if name, err = publisher.DecodeToken(name); err != nil {
+			hs.log.Warn().Err(err).Str("key", key).Msg("ignored: a key of HOLDS is creator.<encoded creator>")
+			return
+		}
+	} else if key != holdAccount && key != holdProvider {
+		hs.log.Warn().Str("key", key).Msg("ignored: a key of HOLDS is creator.<creator>, account or provider")
+		return
+	}
+
+	if entry.Operation() != jetstream.KeyValuePut {
+		switch {
+		case perCreator:
+			hs.mu.Lock()
+			delete(hs.creators, name)
+			hs.mu.Unlock()
+			w.released(name)
+		case key == holdAccount:
+			w.gates.ReleaseAccount()
+			w.replanAll()
+		default:
+			w.gates.ReleaseProvider()
+			w.replanAll()
+		}
+		return
+	}
+
+	h, err := parseHold(entry.Value(), entry.Created())
+	if err != nil {
+		hs.log.Warn().Err(err).Str("key", key).Msg("ignored: cannot read this hold")
+		return
+	}
+	if !h.Stands(time.Now()) {
+		return
+	}
+	switch {
+	case perCreator:
+		hs.mu.Lock()
+		hs.creators[name] = h
+		hs.mu.Unlock()
+		for _, p := range w.partitions {
+			p.hold(name, h)
+		}
+	case key == holdAccount:
+		w.gates.HoldAccount(h)
+	default:
+		w.gates.HoldProvider(h)
+	}
+}
+
+// expire deletes holds that are over from the bucket.
+func (hs *holds) expire(ctx context.Context, now time.Time) {
+	hs.mu.Lock()
+	var over []string
+	for name, h := range hs.creators {
+		if !h.Stands(now) {
+			over = append(over, name)
+			delete(hs.creators, name)
+		}
+	}
+	hs.mu.Unlock()
+	for _, name := range over {
+		token, err := publisher.EncodeToken(name)
+		if err != nil {
+			continue
+		}
+		entry, err := hs.kv.Get(ctx, holdCreator+token)
+		if err != nil {
+			continue
+		}
+		if h, err := parseHold(entry.Value(), entry.Created()); err == nil && !h.Stands(now) {
+			// Only this revision: somebody may hold the creator again by now.
+			_ = hs.kv.Delete(ctx, entry.Key(), jetstream.LastRevision(entry.Revision()))
+		}
+	}
+}

@@ -1,0 +1,99 @@
+package consumer
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	// leaseTTL is the age at which OWNERS forgets a key that nobody renews.
+	leaseTTL = 10 * time.Second
+	// leaseMargin keeps the last call that starts under a lease clear of its end,
+	// for clocks that run at slightly different speeds.
+	leaseMargin = time.Second
+)
+
+// lease is the right to call the creators of one partition. It ends by this
+// worker's own clock, counted from before its last confirmed renewal was sent:
+// whoever cannot renew stops calling before anybody else can claim.
+type lease struct {
+	kv       jetstream.KeyValue
+	key      string
+	revision uint64 // 0: not held
+	until    atomic.Pointer[time.Time]
+}
+
+// holds reports whether a call may be started now. Both clocks have to agree:
+// the monotonic one stands still while a machine is suspended, the other one
+// can be set back.
+func (l *lease) holds(now time.Time) bool {
+	until := l.until.Load()
+	return until != nil && now.Before(*until) && now.Round(0).Before(until.Round(0))
+}
+
+// renew claims the lease, or makes it longer. errTaken: another worker has it.
+func (l *lease) renew(ctx context.Context, worker string) error {
+	value, err := json.Marshal(map[string]any{"worker": worker})
+	if err != nil {
+		return err
+	}
+	sent := time.Now()
+	if l.revision == 0 {
+		l.revision, err = l.kv.Create(ctx, l.key, value)
+	} else {
+		var revision uint64
+		if revision, err = l.kv.Update(ctx, l.key, value, l.revision); err == nil {
+			l.revision = revision
+		}
+	}
+	var api *jetstream.APIError
+	switch {
+	case err == nil:
+		until := sent.Add(leaseTTL - leaseMargin)
+		l.until.Store(&until)
+		return nil
+	case errors.Is(err, jetstream.ErrKeyExists),
+		errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence:
+		return l.adopt(ctx, value)
+	}
+	return fmt.Errorf("renew %s: %w", l.key, err)
+}
+
+// adopt takes up a claim of this worker's whose confirmation got lost, to be
+// confirmed by the next renewal; any other one ends the lease.
+func (l *lease) adopt(ctx context.Context, value []byte) error {
+	entry, err := l.kv.Get(ctx, l.key)
+	if err == nil && bytes.Equal(entry.Value(), value) {
+		l.revision = entry.Revision()
+		return fmt.Errorf("renew %s: a renewal was not confirmed", l.key)
+	}
+	l.lost()
+	return errTaken
+}
+
+var errTaken = errors.New("the partition belongs to another worker")
+
+func (l *lease) lost() {
+	l.revision = 0
+	l.until.Store(nil)
+}
+
+// release lets another worker claim at once.
+func (l *lease) release(ctx context.Context) error {
+	revision := l.revision
+	if revision == 0 {
+		return nil
+	}
+	l.lost()
+	if err := l.kv.Delete(ctx, l.key, jetstream.LastRevision(revision)); err != nil {
+		return fmt.Errorf("release %s: %w", l.key, err)
+	}
+	return nil
+}

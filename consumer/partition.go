@@ -1,0 +1,484 @@
+package consumer
+
+import (
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/headgate-io/headgate/resilience"
+)
+
+const (
+	// nearTurn is how far away a turn may be for its message to wait in the
+	// worker instead of going back to the server.
+	nearTurn = 2 * time.Second
+
+	// nearest bounds the messages of one creator that wait in the worker. Those
+	// of all creators are bounded by nearShare times its calls in flight.
+	nearest   = 256
+	nearShare = 4
+
+	// longestPark is for how long a message is set aside at once; then it is
+	// asked again whether it still has to wait.
+	longestPark = 10 * time.Minute
+
+	// roundAbove is the distance from which messages are sent back in groups,
+	// on whole seconds unless a creator is fast: the server looks at all that
+	// wait each time that one is due. They come back up to a second early
+	// and wait for their turn in the worker.
+	roundAbove = 10 * time.Second
+
+	// sweepEvery is how often gates that remember nothing are forgotten.
+	sweepEvery = time.Minute
+)
+
+// partition owns the creators that hash into it: all of their messages meet
+// here, so that a gate in memory is exact. It is a monitor: one lock, held for
+// decisions and never for I/O that waits.
+type partition struct {
+	w      *Worker
+	number int
+	lease  lease
+	puller puller
+
+	mu         sync.Mutex
+	active     bool      // takes messages
+	emptySince time.Time // limiters of an earlier owner must not burst again
+	creators   map[string]*creator
+	here       map[uint64]*delivery // by stream sequence: being worked on in this worker
+	busy       int                  // of them, not yet decided upon: fewer are pulled for these
+}
+
+// creator is one creator's gate and those of its messages that wait.
+type creator struct {
+	name    string
+	gate    *resilience.Gate
+	waiting []*delivery // in the worker, the next one first
+	parked  map[uint64]*parked
+	timer   *time.Timer // for waiting
+	queued  bool        // in one of the worker's queues, guarded by its lock
+}
+
+// receive looks at a message, or, given nil, just asks for more.
+func (p *partition) receive(m *nats.Msg) {
+	defer p.pull()
+	if m == nil {
+		return
+	}
+	now := time.Now()
+	d, err := open(m, now)
+	if err != nil {
+		p.w.log.Error().Err(err).Msg("a delivery cannot be read; the server will send it again")
+		return
+	}
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case !p.active || !p.lease.holds(now):
+		p.w.reply(d.msg.Reply, nakPayload)
+		return
+	case p.here[d.seq] != nil:
+		// Redelivered while it is being worked on: no second call, and no
+		// answer, which would settle the first.
+		return
+	}
+	p.here[d.seq] = d
+	d.req, err = p.w.read(d)
+	if err != nil {
+		p.decideLater(d, func() { p.w.malformed(p, d, err) })
+		return
+	}
+	d.op, d.call, err = p.w.prepare(&d.req)
+	if err != nil {
+		p.decideLater(d, func() { p.w.malformed(p, d, err) })
+		return
+	}
+	d.expires = d.stored.Add(d.op.Retry.MaxAge)
+	if t := d.req.Deadline; !t.IsZero() && t.Before(d.expires) {
+		d.expires = t
+	}
+	c := p.creator(d.req.Creator)
+	switch back := c.parked[d.seq]; {
+	case back != nil:
+		delete(c.parked, d.seq)
+		d.waited, d.record, d.why = true, back.record, back.why
+		if back.turn.Sub(now) > nearTurn { // set aside for longer than can be done at once
+			p.park(c, d, back.turn, back.own)
+			return
+		}
+	case d.count > 1:
+		p.decideLater(d, func() { p.w.lookUp(p, c, d) })
+		return
+	}
+	p.admit(c, d, now)
+}
+
+// decideLater runs what needs I/O before d can be decided upon, without the
+// lock. Until then d counts as busy.
+func (p *partition) decideLater(d *delivery, f func()) {
+	p.busy++
+	p.w.calls.Add(1)
+	go func() {
+		defer p.w.calls.Done()
+		f()
+		p.mu.Lock()
+		p.busy--
+		p.mu.Unlock()
+		p.pull()
+	}()
+}
+
+// pull asks for as many messages as can be looked at, unless nobody may be
+// called: then the backlog stays where it is.
+func (p *partition) pull() {
+	if _, blocked := p.w.gates.Blocked(time.Now()); blocked {
+		return
+	}
+	p.mu.Lock()
+	active, busy := p.active, p.busy
+	p.mu.Unlock()
+	if active {
+		p.puller.more(busy)
+	}
+}
+
+func (p *partition) creator(name string) *creator {
+	c := p.creators[name]
+	if c == nil {
+		c = &creator{name: name, gate: p.w.gates.Gate(name, p.emptySince)}
+		if h, held := p.w.holds.of(name); held {
+			c.gate.Hold(h)
+		}
+		p.creators[name] = c
+	}
+	return c
+}
+
+// admit calls d, or lets it wait.
+func (p *partition) admit(c *creator, d *delivery, now time.Time) {
+	if !now.Before(d.expires) {
+		p.decideLater(d, func() { p.w.expired(p, d) })
+		return
+	}
+	if len(c.waiting) > 0 {
+		// Somebody is in front. What they wait for is what this waits for.
+		d.why = c.waiting[0].why
+		p.wait(c, d, now)
+		return
+	}
+	permit, no, ok := c.gate.Admit(now, d.op.Kind, d.waited)
+	if ok {
+		p.start(c, d, permit)
+		return
+	}
+	d.why = no
+	p.wait(c, d, now)
+	p.arm(c, no, now)
+}
+
+// wait lets d wait in the worker if its turn is near and there is room, else
+// at the server.
+func (p *partition) wait(c *creator, d *delivery, now time.Time) {
+	// Waiting for one of the worker's calls to end is not this creator's
+	// doing, so it keeps its place, and less is pulled meanwhile.
+	starved := d.why.Reason == resilience.ReasonWorker
+	room := len(c.waiting) < nearest && p.w.near.Load() < int64(nearShare*p.w.cfg.Gates.InFlight)
+	// Who comes back for its turn does not queue up for another one, unless
+	// what it waited for has become far away.
+	if !starved && (!d.waited || far(d.why, now) || !room) {
+		turn := c.gate.Turn(now, d.op.Kind, rand.Float64())
+		if turn.IsZero() || turn.Sub(now) > nearTurn || !room {
+			p.park(c, d, turn, false)
+			return
+		}
+	}
+	d.waited, d.starved, d.call = true, starved, nil
+	if starved {
+		p.busy++
+	}
+	p.w.near.Add(1)
+	c.waiting = append(c.waiting, d)
+}
+
+// far reports whether what keeps a message is not over soon.
+func far(no resilience.Refusal, now time.Time) bool {
+	return no.NotBefore.Sub(now) > nearTurn || no.Hold != nil && no.NotBefore.IsZero()
+}
+
+// next takes the first waiting message of c.
+func (p *partition) next(c *creator) *delivery {
+	d := c.waiting[0]
+	c.waiting[0] = nil
+	if c.waiting = c.waiting[1:]; len(c.waiting) == 0 {
+		c.waiting = nil
+	}
+	p.w.near.Add(-1)
+	if d.starved {
+		d.starved = false
+		p.busy--
+	}
+	return d
+}
+
+// pump lets those who wait in the worker go, as far as the gate allows.
+func (p *partition) pump(c *creator) {
+	p.mu.Lock()
+	p.pumpLocked(c)
+	p.mu.Unlock()
+	p.pull()
+}
+
+func (p *partition) pumpLocked(c *creator) {
+	for len(c.waiting) > 0 && p.active {
+		now := time.Now()
+		d := c.waiting[0]
+		if !now.Before(d.expires) {
+			p.next(c)
+			p.decideLater(d, func() { p.w.expired(p, d) })
+			continue
+		}
+		permit, no, ok := c.gate.Admit(now, d.op.Kind, true)
+		if ok {
+			p.next(c)
+			p.start(c, d, permit)
+			continue
+		}
+		d.why = no
+		if far(no, now) {
+			p.setAside(c, no, now)
+			return
+		}
+		p.arm(c, no, now)
+		return
+	}
+}
+
+// setAside parks all who wait in the worker: what they wait for has become far
+// away.
+func (p *partition) setAside(c *creator, no resilience.Refusal, now time.Time) {
+	for len(c.waiting) > 0 {
+		d := p.next(c)
+		d.why = no
+		p.park(c, d, c.gate.Turn(now, d.op.Kind, rand.Float64()), false)
+	}
+}
+
+// arm sees to it that c is pumped when its first waiting message may go.
+func (p *partition) arm(c *creator, no resilience.Refusal, now time.Time) {
+	switch {
+	case len(c.waiting) == 0:
+		return
+	case no.Reason == resilience.ReasonWorker || no.Reason == resilience.ReasonSlow:
+		p.w.starve(p, c, no.Reason)
+		return
+	case no.NotBefore.IsZero(): // the end of one of c's calls pumps
+		return
+	}
+	delay := max(no.NotBefore.Sub(now), 0)
+	if c.timer == nil {
+		c.timer = time.AfterFunc(delay, func() { p.pump(c) })
+	} else {
+		c.timer.Reset(delay)
+	}
+}
+
+// start makes the call, in a goroutine that ends with finish.
+func (p *partition) start(c *creator, d *delivery, permit resilience.Permit) {
+	p.w.calls.Add(1)
+	go func() {
+		defer p.w.calls.Done()
+		p.w.work(p, c, d, permit)
+	}()
+}
+
+// park sends d back until its turn; zero: until c is released.
+func (p *partition) park(c *creator, d *delivery, turn time.Time, own bool) {
+	now := time.Now()
+	until := turn
+	if until.IsZero() || until.After(d.expires) {
+		until = d.expires // then it is a dead letter
+	}
+	if c.parked == nil {
+		c.parked = make(map[uint64]*parked)
+	}
+	c.parked[d.seq] = &parked{
+		reply: d.msg.Reply, kind: d.op.Kind, turn: until, record: d.record, own: own, why: d.why,
+	}
+	p.w.reply(d.msg.Reply, nakAfter(p.delay(c, d.op.Kind, until, now)))
+	delete(p.here, d.seq)
+}
+
+// delay is for how long a message is set aside for a turn.
+func (p *partition) delay(c *creator, kind resilience.Kind, turn, now time.Time) time.Duration {
+	delay := min(turn.Sub(now), longestPark)
+	if delay <= roundAbove {
+		return delay
+	}
+	// As many as may wait here come back at once, and not more.
+	group := min(c.gate.Pace(kind)*nearest/2, time.Second)
+	return now.Add(delay).Truncate(group).Sub(now)
+}
+
+// finish forgets a message that has been settled.
+func (p *partition) finish(d *delivery) {
+	p.mu.Lock()
+	delete(p.here, d.seq)
+	p.mu.Unlock()
+}
+
+// again lets a message whose call failed come back after its backoff.
+func (p *partition) again(c *creator, d *delivery, after time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d.why = resilience.Refusal{Reason: reasonBackoff, NotBefore: after}
+	turn, own := after, true
+	if hold := c.gate.Held(time.Now()); hold != nil {
+		// It is first in line, at the end of the hold that it may have caused.
+		if at := c.gate.Turn(time.Now(), d.op.Kind, rand.Float64()); at.IsZero() || at.After(after) {
+			turn, own = at, false
+			d.why = resilience.Refusal{Reason: resilience.ReasonHold, NotBefore: hold.Until, Hold: hold}
+		}
+	}
+	p.park(c, d, turn, own)
+}
+
+// reasonBackoff is a request's own wait between two attempts. Gates do not know it.
+const reasonBackoff resilience.Reason = "backoff"
+
+// replan gives all who wait a new turn, because a hold has ended before its
+// time or because the pace has changed. A second NAK on the reply that was
+// kept moves a message to its new turn. Those in their own backoff keep it.
+func (p *partition) replan(c *creator) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.active || p.creators[c.name] != c {
+		return
+	}
+	c.gate.Replan()
+	now := time.Now()
+	for _, seq := range slices.Sorted(maps.Keys(c.parked)) {
+		k := c.parked[seq]
+		if k.own {
+			continue
+		}
+		k.turn = c.gate.Turn(now, k.kind, 0)
+		until := k.turn
+		if until.IsZero() {
+			until = now.Add(longestPark)
+		}
+		p.w.reply(k.reply, nakAfter(p.delay(c, k.kind, until, now)))
+	}
+	p.pumpLocked(c)
+}
+
+// hold takes a hold for a creator that may or may not be known here yet.
+func (p *partition) hold(name string, h resilience.Hold) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c := p.creators[name]; c != nil && c.gate.Hold(h) {
+		p.pumpLocked(c)
+	}
+}
+
+// release ends c's hold.
+func (p *partition) release(name string) {
+	p.mu.Lock()
+	c := p.creators[name]
+	p.mu.Unlock()
+	if c == nil || c.gate.Held(time.Now()) == nil {
+		return
+	}
+	c.gate.Release(time.Now())
+	p.replan(c)
+}
+
+// extend tells the server about everything that is still being worked on, so
+// that it is not delivered again.
+func (p *partition) extend(now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.lease.holds(now) {
+		return
+	}
+	for _, d := range p.here {
+		if now.Sub(d.extended) >= p.w.cfg.AckWait/3 {
+			d.extended = now
+			p.w.reply(d.msg.Reply, progressPayload)
+		}
+	}
+}
+
+// sweep forgets gates that remember nothing.
+func (p *partition) sweep(now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, c := range p.creators {
+		if len(c.waiting) == 0 && len(c.parked) == 0 && c.gate.Neutral(now) {
+			delete(p.creators, name)
+		}
+	}
+}
+
+// rebind asks the server anew for messages.
+func (p *partition) rebind() error {
+	p.mu.Lock()
+	active := p.active
+	p.mu.Unlock()
+	if !active {
+		return nil
+	}
+	return p.puller.bind()
+}
+
+// replanAll is replan for every creator.
+func (p *partition) replanAll() {
+	p.mu.Lock()
+	all := slices.Collect(maps.Values(p.creators))
+	p.mu.Unlock()
+	for _, c := range all {
+		p.replan(c)
+	}
+}
+
+// enter starts taking messages. Limiters start empty if the partition had an
+// owner lately, who may have used up their bursts.
+func (p *partition) enter(hadOwner bool) error {
+	p.mu.Lock()
+	p.active, p.emptySince = true, time.Time{}
+	if hadOwner {
+		p.emptySince = time.Now()
+	}
+	p.creators = make(map[string]*creator)
+	p.mu.Unlock()
+	if err := p.puller.bind(); err != nil {
+		return err
+	}
+	p.pull()
+	return nil
+}
+
+// leave stops taking messages and gives back those that have not been called.
+// What was parked is dropped with the lease: the next owner has its own.
+func (p *partition) leave() {
+	p.puller.stop()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.active = false
+	for _, c := range p.creators {
+		if c.timer != nil {
+			c.timer.Stop()
+		}
+		for len(c.waiting) > 0 {
+			d := p.next(c)
+			p.w.reply(d.msg.Reply, nakPayload)
+			delete(p.here, d.seq)
+		}
+		c.parked = nil
+	}
+	p.creators = nil
+}

@@ -1,0 +1,342 @@
+package consumer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime/debug"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/publisher"
+	"github.com/headgate-io/headgate/resilience"
+)
+
+// work makes one call, decides what its answer means and settles the message.
+// The creator's slot is free as soon as the call has ended; the worker's place only when
+// the message is settled, so that a server that cannot store results slows
+// the worker down instead of filling its memory.
+func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.Permit) {
+	ended := false
+	end := func(o resilience.Outcome) resilience.Change {
+		ended = true
+		return permit.End(time.Now(), o)
+	}
+	defer func() {
+		if r := recover(); r != nil {
+			w.log.Error().Str("request", d.req.ID).Interface("panic", r).Bytes("stack", debug.Stack()).
+				Msg("handling a request panicked; it becomes a dead letter")
+			if !ended {
+				end(resilience.Excluded)
+			}
+			w.bury(p, d, classify.Failure{Class: classify.Internal, Scope: classify.ScopeRequest},
+				fmt.Sprintf("handling the request panicked: %v", r), 0)
+		}
+		permit.Close()
+		w.feed()
+	}()
+
+	if !p.lease.holds(time.Now()) {
+		end(resilience.Excluded)
+		w.giveBack(p, d)
+		return
+	}
+	call := d.call
+	if call == nil {
+		var err error
+		if _, call, err = w.prepare(&d.req); err != nil {
+			end(resilience.Excluded)
+			w.malformed(p, d, err)
+			return
+		}
+	}
+	started := time.Now()
+	answer := call(w.callCtx)
+	now := time.Now()
+	w.stats.calls.Add(1)
+	if w.callCtx.Err() != nil && answer.Status == 0 {
+		// Cut off by the end of the grace time: what came of it is not known.
+		end(resilience.Excluded)
+		w.giveBack(p, d)
+		return
+	}
+
+	failure, failed := w.cfg.Profile.Classify(answer, now)
+	took := now.Sub(started)
+	o := outcome{failure: failure, failed: failed, now: now, random: rand.Float64()}
+	if failed && !(failure.Class == classify.NotFound && d.op.NotFoundEmpty) {
+		d.record.Attempts = append(d.record.Attempts, publisher.Attempt{
+			At: started.UTC().Round(0), Took: took, Class: failure.Class,
+			Status: answer.Status, Code: failure.Code,
+		})
+	}
+	o.attempts, o.throttled = d.record.counts()
+	o.providerFailing = w.gates.ProviderFailing()
+	v := decide(o, d.op)
+	if v.hold != nil {
+		w.hold(c, d, v)
+	}
+	w.changed(p, c, end(health(failure, failed)))
+	p.pump(c)
+
+	switch v.fate {
+	case succeed:
+		w.succeed(p, d, answer, failure, v.empty, took)
+	case retry:
+		w.retry(p, c, d, failure, answer.Status, v.after, took)
+	case bury:
+		w.bury(p, d, failure, v.reason, answer.Status)
+	}
+}
+
+// health is what a breaker makes of an answer.
+func health(f classify.Failure, failed bool) resilience.Outcome {
+	switch {
+	case !failed:
+		return resilience.Success
+	case f.Class.Unhealthy():
+		return resilience.Failed
+	}
+	return resilience.Excluded
+}
+
+// hold applies the hold that an answer asks for, here at once and then, before
+// the message is settled, for every worker and after a restart.
+func (w *Worker) hold(c *creator, d *delivery, v verdict) {
+	h := *v.hold
+	h.Who = w.cfg.Name
+	var key string
+	var counts bool
+	switch v.scope {
+	case classify.ScopeAccount:
+		key, counts = holdAccount, w.gates.HoldAccount(h)
+	case classify.ScopeProvider:
+		key, counts = holdProvider, w.gates.HoldProvider(h)
+	default:
+		token, err := publisher.EncodeToken(c.name)
+		if err != nil {
+			return // a request with such a creator is malformed and was not called
+		}
+		key, counts = holdCreator+token, c.gate.Hold(h)
+	}
+	if !counts {
+		return
+	}
+	event := w.log.Warn().Str("held", key).Str("class", string(h.Class)).Str("reason", h.Reason).Str("request", d.req.ID)
+	if !h.Until.IsZero() {
+		event = event.Time("until", h.Until)
+		w.stats.held.Add(int64(h.Until.Sub(h.Since)))
+	}
+	event.Msg("held")
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.settleCtx), w.cfg.StoreTimeout)
+	defer cancel()
+	if err := w.holds.store(ctx, key, h); err != nil {
+		w.log.Error().Err(err).Msg("a hold is known to this worker only; it does not survive a restart")
+	}
+}
+
+// changed tells people what a call did to the breakers.
+func (w *Worker) changed(p *partition, c *creator, ch resilience.Change) {
+	if ch.Opened {
+		w.log.Warn().Str("creator", c.name).Time("until", ch.OpenUntil).Msg("breaker opened")
+	}
+	if ch.Closed {
+		w.log.Info().Str("creator", c.name).Msg("breaker closed")
+	}
+	if ch.ProviderOpened {
+		w.log.Error().Str("provider", w.cfg.Provider).Msg("the provider's breaker opened: several creators fail in a row")
+	}
+	if ch.ProviderClosed {
+		w.log.Info().Str("provider", w.cfg.Provider).Msg("the provider's breaker closed")
+	}
+	if ch.Faster {
+		p.replan(c)
+	}
+}
+
+func (w *Worker) succeed(p *partition, d *delivery, a classify.Answer, f classify.Failure, empty bool, took time.Duration) {
+	attempts, throttled := d.record.counts()
+	r := publisher.Result{
+		RequestID: d.req.ID, CorrelationID: d.req.CorrelationID, Traceparent: d.req.Traceparent,
+		Creator: d.req.Creator, Operation: d.req.Operation,
+		ContentType: a.Header.Get("Content-Type"), UpstreamRequestID: a.Header.Get("X-Request-Id"),
+		Status: a.Status, Attempts: attempts + throttled + 1, Duration: took, Empty: empty, Body: a.Body,
+	}
+	if f.RequestID != "" {
+		r.UpstreamRequestID = f.RequestID
+	}
+	if err := w.store(p, d, func(ctx context.Context) error { return w.publisher.Result(ctx, r) }); err != nil {
+		w.giveBack(p, d)
+		return
+	}
+	w.stats.results.Add(1)
+	w.ack(p, d)
+	w.line(w.log.Info(), d).Str("outcome", "result").Int("status", a.Status).Int("attempt", r.Attempts).
+		Bool("empty", empty).Dur("took_ms", took).Str("upstream_request", r.UpstreamRequestID).Send()
+}
+
+func (w *Worker) retry(p *partition, c *creator, d *delivery, f classify.Failure, status int, after time.Time, took time.Duration) {
+	if err := w.store(p, d, func(ctx context.Context) error { return w.ledger.put(ctx, d.req.ID, &d.record) }); err != nil {
+		w.giveBack(p, d)
+		return
+	}
+	w.stats.retries.Add(1)
+	w.line(w.log.Info(), d).Str("outcome", "retry").Str("class", string(f.Class)).Str("code", f.Code).Int("status", status).
+		Int("attempt", len(d.record.Attempts)).Time("not_before", after).Dur("took_ms", took).Str("upstream_request", f.RequestID).Send()
+	p.again(c, d, after)
+}
+
+// bury makes d a dead letter: claimed first, then published, then acked.
+func (w *Worker) bury(p *partition, d *delivery, f classify.Failure, reason string, status int) {
+	attempts, throttled := d.record.counts()
+	letter := publisher.DeadLetter{
+		Class: f.Class, Code: f.Code, Action: f.Action, Scope: f.Scope, Field: f.Field,
+		Reason: reason, HTTPStatus: status, UpstreamRequestID: f.RequestID,
+		Attempts: attempts + throttled, Deliveries: d.count, FailedAt: time.Now().UTC(), FirstFailedAt: time.Now().UTC(),
+		Provider: w.cfg.Provider, Creator: d.req.Creator, Operation: d.req.Operation,
+		SourceStream: w.requests, SourceSubject: d.msg.Subject, SourceSequence: d.seq, RequestID: d.req.ID,
+	}
+	if len(d.record.Attempts) > 0 {
+		letter.FirstFailedAt = d.record.Attempts[0].At
+	}
+	d.record.Claim = &claim{Dead: &letter, At: letter.FailedAt}
+	if err := w.store(p, d, func(ctx context.Context) error { return w.ledger.put(ctx, d.req.ID, &d.record) }); err != nil {
+		w.giveBack(p, d)
+		return
+	}
+	w.publishDead(p, d)
+}
+
+// publishDead publishes the dead letter that d's record claims.
+func (w *Worker) publishDead(p *partition, d *delivery) {
+	letter := *d.record.Claim.Dead
+	letter.History = d.record.Attempts
+	letter.Payload, letter.Header = d.msg.Data, d.msg.Header
+	if err := w.store(p, d, func(ctx context.Context) error { return w.publisher.DeadLetter(ctx, letter) }); err != nil {
+		w.giveBack(p, d)
+		return
+	}
+	w.stats.deadLetters.Add(1)
+	w.ack(p, d)
+	w.line(w.log.Warn(), d).Str("outcome", "dead letter").Str("class", string(letter.Class)).Str("code", letter.Code).
+		Int("status", letter.HTTPStatus).Int("attempt", letter.Attempts).Str("reason", letter.Reason).
+		Str("action", letter.Action).Str("upstream_request", letter.UpstreamRequestID).Send()
+}
+
+func (w *Worker) malformed(p *partition, d *delivery, err error) {
+	w.bury(p, d, classify.Failure{Class: classify.MalformedRequest, Scope: classify.ScopeRequest}, err.Error(), 0)
+}
+
+func (w *Worker) expired(p *partition, d *delivery) {
+	reason := "too old to be called"
+	if d.why.Reason != "" {
+		reason += "; it waited for: " + string(d.why.Reason)
+		if h := d.why.Hold; h != nil && h.Reason != "" {
+			reason += " (" + h.Reason + ")"
+		}
+	}
+	w.bury(p, d, classify.Failure{Class: classify.Expired, Scope: classify.ScopeRequest}, reason, 0)
+}
+
+// lookUp finds out what became of a message that was delivered before and that
+// this worker knows nothing of, before it is called again.
+func (w *Worker) lookUp(p *partition, c *creator, d *delivery) {
+	var answered bool
+	err := w.store(p, d, func(ctx context.Context) error {
+		var err error
+		if d.record, err = w.ledger.get(ctx, d.req.ID); err != nil {
+			return err
+		}
+		if !w.cfg.IDInSubject {
+			return nil
+		}
+		subject, err := w.cfg.Namespace.ResultSubject(d.req.Creator, d.req.Operation, d.req.ID)
+		if err != nil {
+			return err
+		}
+		result, err := w.ledger.last(ctx, w.results, subject)
+		answered = result != nil
+		return err
+	})
+	switch {
+	case err != nil:
+		w.giveBack(p, d)
+	case d.record.Claim != nil && d.record.Claim.Dead != nil:
+		w.publishDead(p, d)
+	case answered:
+		w.ack(p, d)
+	default:
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if !p.active {
+			w.reply(d.msg.Reply, nakPayload)
+			delete(p.here, d.seq)
+			return
+		}
+		p.admit(c, d, time.Now())
+	}
+}
+
+// errLost means that this worker must not settle the message any more.
+var errLost = errors.New("the partition is not this worker's any more")
+
+// store runs f, which writes to or reads from the server, until it succeeds.
+// The message stays unsettled meanwhile and the server is told that it is
+// being worked on: the answer in hand is worth waiting for. It gives up when
+// the partition is lost or the worker must end.
+func (w *Worker) store(p *partition, d *delivery, f func(context.Context) error) error {
+	wait := resilience.Backoff{Base: 50 * time.Millisecond, Max: 5 * time.Second, Jitter: 0.3}
+	for attempt := 1; ; attempt++ {
+		ctx, cancel := context.WithTimeout(w.settleCtx, w.cfg.StoreTimeout)
+		err := f(ctx)
+		cancel()
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, errClaimed) || w.settleCtx.Err() != nil:
+			return err
+		case !p.lease.holds(time.Now()):
+			return errLost
+		}
+		w.line(w.log.Error(), d).Err(err).Int("try", attempt).Msg("cannot settle yet; trying again")
+		select {
+		case <-w.settleCtx.Done():
+		case <-time.After(wait.Delay(attempt, rand.Float64())):
+		}
+	}
+}
+
+// ack settles d for good. An ack that is not confirmed may have got lost, so
+// it is sent again; should the message come back all the same, its outcome is
+// found.
+func (w *Worker) ack(p *partition, d *delivery) {
+	err := w.store(p, d, func(ctx context.Context) error {
+		_, err := w.nc.RequestWithContext(ctx, d.msg.Reply, ackPayload)
+		if err != nil {
+			return fmt.Errorf("ack: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		w.line(w.log.Warn(), d).Err(err).Msg("the ack is not confirmed; the outcome is stored and will be found")
+	}
+	p.finish(d)
+}
+
+// giveBack lets the message be delivered again, to whoever owns it then.
+func (w *Worker) giveBack(p *partition, d *delivery) {
+	if p.lease.holds(time.Now()) {
+		w.reply(d.msg.Reply, nakPayload)
+	}
+	p.finish(d)
+}
+
+// line starts the canonical log line of a settled message.
+func (w *Worker) line(e *zerolog.Event, d *delivery) *zerolog.Event {
+	return e.Str("request", d.req.ID).Str("correlation", d.req.CorrelationID).
+		Str("creator", d.req.Creator).Str("operation", d.req.Operation).
+		Uint64("seq", d.seq).Uint64("deliveries", d.count).Dur("age_ms", time.Since(d.stored))
+}
