@@ -107,11 +107,16 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	if cfg.StoreTimeout == 0 {
 		cfg.StoreTimeout = 5 * time.Second
 	}
-	js, err := jetstream.New(nc)
+	// Room for a result and a dead letter of everything in flight.
+	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(2*cfg.Gates.InFlight), jetstream.WithPublishAsyncTimeout(cfg.StoreTimeout))
 	if err != nil {
 		return nil, fmt.Errorf("use JetStream: %w", err)
 	}
+	cfg.Topology = cfg.Topology.WithDefaults()
 	ns := cfg.Topology.Namespace
+	if cfg.Topology.Partitions < 1 {
+		return nil, errors.New("a worker needs at least one partition")
+	}
 	w := &Worker{
 		cfg: cfg, log: cfg.Log, nc: nc, gates: gates,
 		publisher: publisher.New(js, cfg.Topology),
@@ -130,7 +135,8 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 		}
 	}
 	w.holds = &holds{kv: buckets[publisher.Holds], log: cfg.Log, creators: make(map[string]resilience.Hold)}
-	w.ledger = &ledger{nc: nc, kv: buckets[publisher.Ledger], api: jetstream.DefaultAPIPrefix}
+	api := apiPrefix(js)
+	w.ledger = &ledger{nc: nc, kv: buckets[publisher.Ledger], stream: "KV_" + ns.Stream(publisher.Ledger), api: api}
 
 	// Together the partitions have no more in their buffers than the worker
 	// can call at once, so that none waits there for longer than a call.
@@ -140,7 +146,7 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 		p.lease = lease{kv: buckets[publisher.Owners], key: fmt.Sprintf("partition.%d", n)}
 		p.puller = puller{
 			nc: nc, window: window, receive: p.receive,
-			next: fmt.Sprintf("%sCONSUMER.MSG.NEXT.%s.%s", jetstream.DefaultAPIPrefix, w.requests, publisher.ConsumerName(n)),
+			next: fmt.Sprintf("%sCONSUMER.MSG.NEXT.%s.%s", api, w.requests, publisher.ConsumerName(n)),
 			trouble: func(err error) {
 				w.log.Warn().Err(err).Int("partition", n).Msg("cannot pull; trying again")
 			},
@@ -148,6 +154,14 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 		w.partitions = append(w.partitions, p)
 	}
 	return w, nil
+}
+
+// apiPrefix is where js sends its requests, which a domain changes.
+func apiPrefix(js jetstream.JetStream) string {
+	if domain := js.Options().Domain; domain != "" {
+		return "$JS." + domain + ".API."
+	}
+	return jetstream.DefaultAPIPrefix
 }
 
 // Stats may be called at any time.

@@ -121,7 +121,7 @@ func holdFor(o outcome, limit time.Duration) (*resilience.Hold, classify.Scope) 
 	case f.Class == classify.SessionExpired:
 		// Nothing gets better by itself: somebody must act, and release.
 		h.Until = time.Time{}
-		return h, heldScope(f.Scope)
+		return h, classify.ScopeCreator
 	case f.Scope == classify.ScopeAccount && !f.Retryable:
 		if !f.RetryAfterKnown {
 			h.Until = o.now.Add(accountPause)

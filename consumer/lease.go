@@ -10,11 +10,12 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/headgate-io/headgate/publisher"
 )
 
 const (
-	// leaseTTL is the age at which OWNERS forgets a key that nobody renews.
-	leaseTTL = 10 * time.Second
+	leaseTTL = publisher.OwnerTTL
 	// leaseMargin keeps the last call that starts under a lease clear of its end,
 	// for clocks that run at slightly different speeds.
 	leaseMargin = time.Second

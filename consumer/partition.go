@@ -406,7 +406,7 @@ func (p *partition) extend(now time.Time) {
 		return
 	}
 	for _, d := range p.here {
-		if now.Sub(d.extended) >= p.w.cfg.AckWait/3 {
+		if now.Sub(d.extended) >= p.w.cfg.Topology.AckWait/3 {
 			d.extended = now
 			p.w.reply(d.msg.Reply, progressPayload)
 		}

@@ -69,7 +69,7 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 	o := outcome{failure: failure, failed: failed, now: now, random: rand.Float64()}
 	if failed && !(failure.Class == classify.NotFound && d.op.NotFoundEmpty) {
 		d.record.Attempts = append(d.record.Attempts, publisher.Attempt{
-			At: started.UTC().Round(0), Took: took, Class: failure.Class,
+			At: started.UTC().Round(0), Ms: took.Milliseconds(), Class: failure.Class,
 			Status: answer.Status, Code: failure.Code,
 		})
 	}
@@ -250,10 +250,10 @@ func (w *Worker) lookUp(p *partition, c *creator, d *delivery) {
 		if d.record, err = w.ledger.get(ctx, d.req.ID); err != nil {
 			return err
 		}
-		if !w.cfg.IDInSubject {
+		if w.cfg.Topology.NoIDInSubject {
 			return nil
 		}
-		subject, err := w.cfg.Namespace.ResultSubject(d.req.Creator, d.req.Operation, d.req.ID)
+		subject, err := w.cfg.Topology.Namespace.ResultSubject(d.req.Creator, d.req.Operation, d.req.ID)
 		if err != nil {
 			return err
 		}

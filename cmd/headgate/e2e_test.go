@@ -59,9 +59,7 @@ func newWorld(t *testing.T, url string) *world {
 	server := httptest.NewServer(w.api)
 	t.Cleanup(server.Close)
 	w.config = filepath.Join(t.TempDir(), "headgate.yaml")
-	if err := os.WriteFile(w.config, fmt.Appendf(nil, testConfig, server.URL), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	w.configure(fmt.Sprintf(testConfig, server.URL))
 	var err error
 	if w.nc, err = nats.Connect(url); err != nil {
 		t.Fatal(err)
@@ -72,6 +70,24 @@ func newWorld(t *testing.T, url string) *world {
 	}
 	w.headgate("setup")
 	return w
+}
+
+// configure writes the configuration that the program reads when it starts.
+func (w *world) configure(text string) {
+	w.t.Helper()
+	if err := os.WriteFile(w.config, []byte(text), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// change replaces a part of the configuration.
+func (w *world) change(old, by string) {
+	w.t.Helper()
+	text, err := os.ReadFile(w.config)
+	if err != nil || !strings.Contains(string(text), old) {
+		w.t.Fatalf("change %q: %v", old, err)
+	}
+	w.configure(strings.ReplaceAll(string(text), old, by))
 }
 
 // headgate runs the program to its end.
@@ -394,9 +410,7 @@ func TestRefusedConnection(t *testing.T) {
 	w := newWorld(t, natsservertest.URL(t))
 	dead := httptest.NewServer(http.NotFoundHandler())
 	dead.Close()
-	if err := os.WriteFile(w.config, fmt.Appendf(nil, testConfig, dead.URL), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	w.configure(fmt.Sprintf(testConfig, dead.URL))
 	w.worker()
 	w.publish("requests.alice.send", `{}`)
 	m := w.outcome("DLQ", "dlq.NETWORK_ERROR.alice.send.>")
@@ -435,6 +449,7 @@ func TestBreakerOpensProbesAndCloses(t *testing.T) {
 		time.Sleep(50 * time.Millisecond) // so that calls at the same time would be seen
 		status(200, `{}`)(n, rw, r)
 	})
+	w.change("concurrency: 3", "concurrency: 1") // or calls in flight go on when it opens
 	stop := w.worker()
 	for i := range 8 {
 		w.publish("requests.alice.send", `{}`, "Nats-Msg-Id", strconv.Itoa(i))

@@ -1,0 +1,136 @@
+package config
+
+import (
+	"fmt"
+	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+var (
+	headerName    = regexp.MustCompile("^[A-Za-z0-9!#$%&'*+.^_`|~-]+$") // RFC 9110 section 5.6.2
+	namespaceName = regexp.MustCompile(`^[A-Za-z0-9_-]{0,32}$`)
+	placeholders  = regexp.MustCompile(`\{[^{}/?]+\}`)
+	methods       = []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete}
+	bodiless      = []string{http.MethodGet, http.MethodHead, http.MethodDelete}
+)
+
+// problems is everything in c that cannot be meant.
+func (c *Config) problems() (found []problem) {
+	must := func(ok bool, path, format string, args ...any) {
+		if !ok {
+			found = append(found, problem{"$." + path, fmt.Sprintf(format, args...)})
+		}
+	}
+	between := func(path string, n, least, most int) {
+		must(n >= least && n <= most, path, "must be %d to %d, not %d", least, most, n)
+	}
+	positive := func(path string, d time.Duration) {
+		must(d > 0, path, "must be a duration above 0, not %v", d)
+	}
+	header := func(path, name string) {
+		must(name == "" || headerName.MatchString(name), path, "must be the name of an HTTP header, not %q", name)
+	}
+	limit := func(path string, r Rate, burst int) {
+		must(r.PerSecond() == 0 || burst >= 1, path+".burst", "must be at least 1, not %d", burst)
+	}
+
+	between("nats.replicas", c.NATS.Replicas, 1, 5)
+	must(c.NATS.URL == "" || c.NATS.Context == "", "nats.context", "and nats.url both name a server; keep one")
+	must(namespaceName.MatchString(c.Namespace), "namespace", "may have up to 32 letters, digits, _ and -, not %q", c.Namespace)
+	between("partitions", c.Partitions, 1, 1024)
+
+	p := c.Provider
+	must(p.Name != "", "provider.name", "must not be empty")
+	must(p.Profile != "", "provider.profile", "must name a profile, such as generic, or a file")
+	if p.BaseURL != "" {
+		u, err := url.Parse(p.BaseURL)
+		must(err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "" && u.User == nil && u.RawQuery == "" && u.Fragment == "",
+			"provider.base_url", "must be an absolute http or https URL without user, query and fragment")
+	}
+	header("provider.auth.header", p.Auth.Header)
+	must(p.Auth.Header == "" || p.Auth.Env != "", "provider.auth", "needs env, the variable of the environment that holds the API key")
+	header("provider.creator_header", p.CreatorHeader)
+	for name := range p.Headers {
+		header("provider.headers", name)
+	}
+	positive("provider.timeout", p.Timeout)
+	must(p.MaxResponseBytes >= 1024, "provider.max_response_bytes", "must be at least 1KiB, not %v", p.MaxResponseBytes)
+
+	limit("limits.creator", c.Limits.Creator.Rate, c.Limits.Creator.Burst)
+	between("limits.creator.concurrency", c.Limits.Creator.Concurrency, 1, 10_000)
+	if r := c.Limits.Creator.Read; r != nil {
+		limit("limits.creator.read", r.Rate, r.Burst)
+	}
+	if r := c.Limits.Creator.Write; r != nil {
+		limit("limits.creator.write", r.Rate, r.Burst)
+	}
+	if r := c.Limits.Account; r != nil {
+		must(r.Rate.PerSecond() > 0, "limits.account", "needs a rate, such as 600/m; leave limits.account out for no limit")
+		limit("limits.account", r.Rate, r.Burst)
+	}
+	between("limits.in_flight", c.Limits.InFlight, 1, 100_000)
+	positive("limits.retry_after_cap", c.Limits.RetryAfterCap)
+
+	between("breaker.failures", c.Breaker.Failures, 1, 1_000_000)
+	positive("breaker.open_for", c.Breaker.OpenFor)
+	between("breaker.successes", c.Breaker.Successes, 1, 1_000_000)
+
+	between("retry.attempts", c.Retry.Attempts, 1, 100)
+	positive("retry.base", c.Retry.Base)
+	must(c.Retry.Max >= c.Retry.Base, "retry.max", "must not be below retry.base (%v), not %v", c.Retry.Base, c.Retry.Max)
+	must(c.Retry.Jitter >= 0 && c.Retry.Jitter <= 1, "retry.jitter", "must be 0 to 1, not %v", c.Retry.Jitter)
+	between("retry.throttled", c.Retry.Throttled, 0, 100_000)
+	positive("retry.max_age", c.Retry.MaxAge)
+
+	must(c.Results.MaxAge >= 10*time.Minute, "results.max_age", "must be at least 10m, in which duplicates are known, not %v", c.Results.MaxAge)
+	positive("dlq.max_age", c.DLQ.MaxAge)
+	must(c.BacklogPerSubject >= 1, "backlog_per_subject", "must be at least 1, not %d", c.BacklogPerSubject)
+	must(c.ShutdownGrace >= 0, "shutdown_grace", "must not be negative")
+	must(c.DataDir != "", "data_dir", "must not be empty")
+
+	for name, op := range c.Operations {
+		path := "operations." + quotePath(name)
+		must(slices.Contains(methods, op.Method), path+".method", "must be one of %s, not %q", strings.Join(methods, ", "), op.Method)
+		must(strings.HasPrefix(op.Path, "/") && balanced(op.Path) && !strings.ContainsAny(op.Path, "?#"), path+".path",
+			"must start with / and may have {name}s, but no query (use query), not %q", op.Path)
+		for key, value := range op.Query {
+			must(balanced(value), path+".query."+quotePath(key), "must be text that may have {name}s, not %q", value)
+		}
+		must(slices.Contains([]string{"", "none", "payload"}, op.Body), path+".body", "must be payload or none, not %q", op.Body)
+		must(op.Body != "payload" || op.Method != http.MethodGet && op.Method != http.MethodHead, path+".body", "cannot be sent with %s", op.Method)
+		must(slices.Contains([]string{"", "fail", "empty"}, op.NotFound), path+".not_found", "must be fail or empty, not %q", op.NotFound)
+		must(op.Timeout >= 0, path+".timeout", "must not be negative")
+		if r := op.Retry; r != nil {
+			must(r.Attempts >= 0 && r.Attempts <= 100, path+".retry.attempts", "must be 1 to 100, not %d", r.Attempts)
+			must(r.Base >= 0 && r.Max >= 0, path+".retry", "must not have negative durations")
+		}
+	}
+	slices.SortFunc(found, func(a, b problem) int { return strings.Compare(a.path, b.path) })
+	return found
+}
+
+// SendsPayload reports whether the payload is the call's body, which it is by
+// default where a method usually has one.
+func (o Operation) SendsPayload() bool {
+	if o.Body == "" {
+		return !slices.Contains(bodiless, o.Method)
+	}
+	return o.Body == "payload"
+}
+
+// balanced reports whether all braces belong to a {name}.
+func balanced(s string) bool {
+	return !strings.ContainsAny(placeholders.ReplaceAllString(s, ""), "{}")
+}
+
+// quotePath makes a key of the file part of a YAML path.
+func quotePath(key string) string {
+	if regexp.MustCompile(`^[A-Za-z0-9_]+$`).MatchString(key) {
+		return key
+	}
+	return "'" + strings.ReplaceAll(key, "'", `\'`) + "'"
+}

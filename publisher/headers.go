@@ -1,0 +1,93 @@
+package publisher
+
+import (
+	"strings"
+	"unicode/utf8"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Headers of requests and results. Names are case-sensitive in NATS.
+const (
+	HeaderRequestID         = "Headgate-Request-Id"
+	HeaderCorrelationID     = "Headgate-Correlation-Id"
+	HeaderCreator           = "Headgate-Creator"
+	HeaderOperation         = "Headgate-Operation"
+	HeaderStatus            = "Headgate-Status"
+	HeaderAttempts          = "Headgate-Attempts"
+	HeaderDurationMs        = "Headgate-Duration-Ms"
+	HeaderUpstreamRequestID = "Headgate-Upstream-Request-Id"
+	HeaderEmpty             = "Headgate-Empty"
+	HeaderDeadline          = "Headgate-Deadline" // RFC 3339
+	HeaderTraceparent       = "traceparent"       // W3C Trace Context
+	HeaderContentType       = "Content-Type"
+)
+
+// Headers of dead letters.
+const (
+	DlqClass             = "Dlq-Class"
+	DlqCode              = "Dlq-Code"
+	DlqReason            = "Dlq-Reason"
+	DlqAction            = "Dlq-Action"
+	DlqScope             = "Dlq-Scope"
+	DlqField             = "Dlq-Field"
+	DlqHTTPStatus        = "Dlq-Http-Status"
+	DlqAttempts          = "Dlq-Attempts"
+	DlqDeliveries        = "Dlq-Deliveries"
+	DlqFirstFailedAt     = "Dlq-First-Failed-At"
+	DlqFailedAt          = "Dlq-Failed-At"
+	DlqUpstreamRequestID = "Dlq-Upstream-Request-Id"
+	DlqProvider          = "Dlq-Provider"
+	DlqCreator           = "Dlq-Creator"
+	DlqOperation         = "Dlq-Operation"
+	DlqSourceStream      = "Dlq-Source-Stream"
+	DlqSourceSubject     = "Dlq-Source-Subject"
+	DlqSourceSeq         = "Dlq-Source-Seq"
+	DlqMsgID             = "Dlq-Msg-Id"
+	DlqHistory           = "Dlq-History"
+)
+
+const (
+	maxHeader  = 1 << 10  // bytes of one value
+	maxHistory = 16 << 10 // bytes of Dlq-History
+)
+
+// set puts a value into h, made fit for a header: one line of valid UTF-8, not longer than
+// limit. An empty value is left out.
+func set(h nats.Header, name, value string, limit int) {
+	if value = oneLine(value, limit); value != "" {
+		h[name] = []string{value}
+	}
+}
+
+func oneLine(s string, limit int) string {
+	clean := utf8.ValidString(s)
+	for i := 0; clean && i < len(s); i++ {
+		clean = s[i] >= ' ' && s[i] != 0x7f
+	}
+	if !clean {
+		s = strings.Map(func(r rune) rune {
+			if r < ' ' || r == 0x7f {
+				return ' '
+			}
+			return r
+		}, strings.ToValidUTF8(s, "\ufffd"))
+	}
+	s = strings.TrimSpace(s)
+	if len(s) > limit {
+		s = strings.ToValidUTF8(s[:limit], "")
+	}
+	return s
+}
+
+// secret reports whether a header of a request may carry credentials. Those do
+// not go into dead letters, which people look at.
+func secret(name string) bool {
+	name = strings.ToLower(name)
+	for _, part := range []string{"authorization", "cookie", "token", "secret", "password", "api-key", "apikey", "x-key"} {
+		if strings.Contains(name, part) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,116 @@
+package publisher
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nuid"
+)
+
+// Request is a call that somebody wants made on a creator's behalf.
+type Request struct {
+	// ID names the request for as long as its result is kept; a repeat under
+	// the same id is not a new request. Empty: Publish makes one.
+	ID string
+	// Creator and Operation may be any text whose subject token is not longer than 128 bytes.
+	Creator, Operation string
+	Payload            []byte
+	// CorrelationID and Traceparent travel to the API and to the outcome.
+	CorrelationID, Traceparent string
+	// Deadline is when the call is of no use any more; zero: when the
+	// configured age is reached.
+	Deadline time.Time
+	// Header holds further headers. They are kept in a dead letter.
+	Header nats.Header
+}
+
+// RequestID is the id of the request that an event of a webhook source causes, so that
+// an event that is delivered twice is one request.
+func RequestID(source, eventID string) string { return source + ":" + eventID }
+
+// Ack says what became of a request.
+type Ack struct {
+	ID        string
+	Sequence  uint64 // in the request stream; of the first one, if Duplicate
+	Duplicate bool   // the stream has a request with this id
+}
+
+// Publish stores a request and waits until it is stored. ErrFull: the stream
+// refuses it, and the ingester has to keep it and slow down.
+func (p *Publisher) Publish(ctx context.Context, r Request) (Ack, error) {
+	if r.ID == "" {
+		r.ID = nuid.Next()
+	}
+	m, err := r.message(p.ns)
+	if err != nil {
+		return Ack{}, err
+	}
+	ack, _, err := p.stored(ctx, m)
+	switch {
+	case errors.Is(err, ErrFull):
+		return Ack{}, fmt.Errorf("publish request %s: %w; keep it and try again when some of the backlog is done", clip(r.ID, 80), err)
+	case errors.Is(err, jetstream.ErrNoStreamResponse), errors.Is(err, nats.ErrNoResponders):
+		return Ack{}, fmt.Errorf("publish request %s: no stream takes %s (has `headgate setup` been run?): %w", clip(r.ID, 80), m.Subject, err)
+	case err != nil:
+		return Ack{}, fmt.Errorf("publish request %s: %w", clip(r.ID, 80), err)
+	}
+	return Ack{ID: r.ID, Sequence: ack.Sequence, Duplicate: ack.Duplicate}, nil
+}
+
+func (r *Request) message(ns Namespace) (*nats.Msg, error) {
+	subject, err := ns.RequestSubject(r.Creator, r.Operation)
+	if err != nil {
+		return nil, err
+	}
+	m := &nats.Msg{Subject: subject, Data: r.Payload, Header: nats.Header{}}
+	for name, values := range r.Header {
+		if strings.HasPrefix(name, "Nats-") {
+			return nil, fmt.Errorf("header %s: names that start with Nats- are the server's", name)
+		}
+		m.Header[name] = values
+	}
+	if id := oneLine(r.ID, maxHeader); id != r.ID {
+		return nil, fmt.Errorf("id %q must be one line of at most %d bytes", clip(r.ID, 80), maxHeader)
+	}
+	m.Header[jetstream.MsgIDHeader] = []string{r.ID}
+	set(m.Header, HeaderCorrelationID, r.CorrelationID, maxHeader)
+	set(m.Header, HeaderTraceparent, r.Traceparent, maxHeader)
+	if !r.Deadline.IsZero() {
+		m.Header[HeaderDeadline] = []string{r.Deadline.UTC().Format(time.RFC3339Nano)}
+	}
+	return m, nil
+}
+
+// ParseRequest reads a stored request. It trusts nothing, and on an error still
+// returns what could be read, so that a dead letter can name it. fallbackID
+// stands for a request that has no id.
+func ParseRequest(ns Namespace, subject string, h nats.Header, payload []byte, fallbackID string) (Request, error) {
+	r := Request{
+		ID: h.Get(jetstream.MsgIDHeader), Payload: payload, Header: h,
+		CorrelationID: oneLine(h.Get(HeaderCorrelationID), maxHeader),
+		Traceparent:   oneLine(h.Get(HeaderTraceparent), maxHeader),
+	}
+	if r.ID == "" || !utf8.ValidString(r.ID) || len(r.ID) > maxHeader {
+		r.ID = fallbackID
+	}
+	creator, operation, err := ns.parseStored(subject)
+	if err != nil {
+		return r, err
+	}
+	if !utf8.ValidString(creator) || !utf8.ValidString(operation) {
+		return r, fmt.Errorf("subject %q: creator and operation must be UTF-8", clip(subject, 80))
+	}
+	r.Creator, r.Operation = creator, operation
+	if deadline := h.Get(HeaderDeadline); deadline != "" {
+		if r.Deadline, err = time.Parse(time.RFC3339, deadline); err != nil {
+			return r, fmt.Errorf("header %s %q must be an RFC 3339 time", HeaderDeadline, clip(deadline, 40))
+		}
+	}
+	return r, nil
+}
