@@ -173,6 +173,10 @@ func (w *Worker) Stats() Stats {
 	}
 }
 
+// Working is the number of messages that are called, settled or waiting in this
+// worker.
+func (w *Worker) Working() int { return w.gates.InFlight() + int(w.near.Load()) }
+
 // Run works until ctx ends. Then it stops pulling, lets calls in flight finish
 // within the grace time, gives back what has not been called, and releases its
 // partitions. It returns an error only if it could not start.

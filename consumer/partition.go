@@ -390,10 +390,18 @@ func (p *partition) release(name string) {
 	p.mu.Lock()
 	c := p.creators[name]
 	p.mu.Unlock()
-	if c == nil || c.gate.Held(time.Now()) == nil {
+	if c == nil {
 		return
 	}
-	c.gate.Release(time.Now())
+	now := time.Now()
+	h := c.gate.Held(now)
+	if h == nil {
+		return
+	}
+	if h.Until.IsZero() {
+		p.w.stats.held.Add(int64(now.Sub(h.Since)))
+	}
+	c.gate.Release(now)
 	p.replan(c)
 }
 

@@ -74,7 +74,7 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 		})
 	}
 	o.attempts, o.throttled = d.record.counts()
-	o.providerFailing = w.gates.ProviderFailing()
+	o.providerFailing = w.gates.ProviderFailing(now)
 	v := decide(o, d.op)
 	if v.hold != nil {
 		w.hold(c, d, v)

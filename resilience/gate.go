@@ -1,6 +1,7 @@
 package resilience
 
 import (
+	"math"
 	"sync"
 	"time"
 
@@ -103,6 +104,7 @@ func (g *Gates) Gate(creator string, emptySince time.Time) *Gate {
 // ended and Close when the request is settled, once each and in this order.
 type Permit struct {
 	gate     *Gate
+	call     int64 // of all calls, which one
 	started  time.Time
 	breaker  *ticket
 	provider *ticket
@@ -152,7 +154,7 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 		return giveBack(Refusal{Reason: ReasonProviderBreaker, NotBefore: soon})
 	}
 	if p.breaker, ok = g.brk.allow(); !ok {
-		g.gates.outage.record(g.creator, p.provider, Excluded)
+		g.gates.outage.record(g.creator, p.provider, Excluded, now, math.MaxInt64, 0, 0)
 		return giveBack(Refusal{Reason: ReasonBreaker, NotBefore: soon})
 	}
 
@@ -160,6 +162,8 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 		g.started = now
 	}
 	g.inFlight++
+	g.gates.calling.Add(1)
+	p.call = g.gates.begun.Add(1)
 	if g.slow {
 		g.gates.slow.Add(1)
 	}
@@ -373,6 +377,7 @@ func (p Permit) End(now time.Time, o Outcome) Change {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.inFlight--
+	calling := g.gates.calling.Add(-1)
 	if g.slow {
 		g.gates.slow.Add(-1)
 	}
@@ -384,7 +389,7 @@ func (p Permit) End(now time.Time, o Outcome) Change {
 	var c Change
 	g.gates.probed(&g.gates.account, p.account, o)
 	g.gates.probed(&g.gates.provider, p.upstream, o)
-	c.ProviderOpened, c.ProviderClosed = g.gates.outage.record(g.creator, p.provider, o)
+	c.ProviderOpened, c.ProviderClosed = g.gates.outage.record(g.creator, p.provider, o, now, p.call, g.gates.begun.Load(), calling)
 	if c.ProviderClosed {
 		g.gates.epoch.Add(1)
 	}

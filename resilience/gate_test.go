@@ -239,17 +239,17 @@ func TestProviderBreakerNeedsEvidence(t *testing.T) {
 			call(t, a, Failed)
 		}
 		call(t, b, Failed)
-		if gates.ProviderFailing() {
+		if gates.ProviderFailing(time.Now()) {
 			t.Error("two creators are no evidence")
 		}
 		call(t, healthy, Success) // a success between
 		call(t, b, Failed)
 		call(t, c, Failed)
-		if gates.ProviderFailing() {
+		if gates.ProviderFailing(time.Now()) {
 			t.Error("a success between does not count")
 		}
 		call(t, healthy, Failed)
-		if !gates.ProviderFailing() {
+		if !gates.ProviderFailing(time.Now()) {
 			t.Error("three creators are evidence")
 		}
 		call(t, healthy, Failed)
@@ -269,6 +269,46 @@ func TestProviderBreakerNeedsEvidence(t *testing.T) {
 			t.Error("not closed by two successes")
 		}
 		admit(t, healthy)
+	})
+}
+
+// Failures are faster than successes: calls in flight when suspicion arises are
+// heard before the provider is judged.
+func TestProviderBreakerHearsCallsInFlight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, healthy := range []bool{true, false} {
+			gates := newGates(t, nil)
+			pending := admit(t, gates.Gate("slow", time.Time{}))
+			opened := false
+			for i := range 10 {
+				opened = opened || call(t, gates.Gate(string(rune('a'+i)), time.Time{}), Failed).ProviderOpened
+			}
+			if opened || gates.ProviderFailing(time.Now()) {
+				t.Error("judged with a call in flight that was not heard")
+			}
+			time.Sleep(50 * time.Millisecond)
+			outcome := Failed
+			if healthy {
+				outcome = Success
+			}
+			if c := pending.End(time.Now(), outcome); c.ProviderOpened == healthy {
+				t.Errorf("the last call in flight ended with %v: %+v", outcome, c)
+			}
+		}
+	})
+}
+
+func TestProviderBreakerDoesNotHearForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gates := newGates(t, nil)
+		admit(t, gates.Gate("hangs", time.Time{}))
+		for i := range 10 {
+			call(t, gates.Gate(string(rune('a'+i)), time.Time{}), Failed)
+		}
+		time.Sleep(slowCall)
+		if c := call(t, gates.Gate("z", time.Time{}), Failed); !c.ProviderOpened {
+			t.Error("a call that hangs keeps an outage from being seen")
+		}
 	})
 }
 

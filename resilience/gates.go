@@ -42,7 +42,9 @@ type Gates struct {
 	budget   *rate.Limiter
 
 	epoch    atomic.Int64 // grows whenever everybody may go on
-	inFlight atomic.Int64 // calls that have not been closed
+	begun    atomic.Int64 // calls ever
+	calling  atomic.Int64 // calls that have not ended
+	inFlight atomic.Int64 // and those that have not been closed
 	slow     atomic.Int64 // calls in flight of creators that are slow
 }
 
@@ -88,7 +90,7 @@ func (g *Gates) Blocked(now time.Time) (Refusal, bool) {
 
 // ProviderFailing reports whether enough different creators have failed, with
 // no success between, to believe that the provider is in trouble.
-func (g *Gates) ProviderFailing() bool { return g.outage.believed() }
+func (g *Gates) ProviderFailing(now time.Time) bool { return g.outage.believed(now) }
 
 // InFlight is the number of permits that have not been closed.
 func (g *Gates) InFlight() int { return int(g.inFlight.Load()) }
@@ -165,13 +167,20 @@ func (g *Gates) probed(s *shared, ended *Hold, o Outcome) {
 
 // outage is the provider's breaker. It counts only the failures that different
 // creators have in a row, since one creator's say little about the provider.
+//
+// Failures are often faster than successes. So when there is evidence, the
+// calls in flight at that moment are heard first, for up to slowCall: a single
+// success among them, and there is no outage.
 type outage struct {
 	cfg      Breaker
 	troubled atomic.Bool // false: nothing to look at, the common case
 
-	mu      sync.Mutex
-	failing map[string]struct{}
-	brk     *breaker
+	mu        sync.Mutex
+	failing   map[string]struct{}
+	suspected time.Time // when there was evidence first
+	last      int64     // the latest call that had begun then
+	unheard   int64     // calls in flight then, and still
+	brk       *breaker
 }
 
 func (o *outage) blocks(now time.Time) (Refusal, bool) {
@@ -196,22 +205,31 @@ func (o *outage) allow() (*ticket, bool) {
 	return o.brk.allow()
 }
 
-func (o *outage) believed() bool {
+func (o *outage) believed(now time.Time) bool {
 	if !o.troubled.Load() {
 		return false
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return len(o.failing) >= evidence
+	return o.confirmed(now)
 }
 
-// record reports how the outcome changed the provider's breaker.
-func (o *outage) record(creator string, t *ticket, out Outcome) (opened, closed bool) {
-	if t == nil && (out == Excluded || out == Success && !o.troubled.Load()) {
+func (o *outage) confirmed(now time.Time) bool {
+	return !o.suspected.IsZero() && (o.unheard <= 0 || now.Sub(o.suspected) >= slowCall)
+}
+
+// record takes the outcome of the call-th call and reports how it changed the
+// breaker. begun and calling are how many calls have begun, and are in flight
+// still.
+func (o *outage) record(creator string, t *ticket, out Outcome, now time.Time, call, begun, calling int64) (opened, closed bool) {
+	if out != Failed && !o.troubled.Load() {
 		return false, false
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if !o.suspected.IsZero() && call <= o.last {
+		o.unheard--
+	}
 	if out == Failed {
 		o.troubled.Store(true)
 		if o.failing == nil {
@@ -219,10 +237,13 @@ func (o *outage) record(creator string, t *ticket, out Outcome) (opened, closed 
 		}
 		if len(o.failing) < evidence {
 			o.failing[creator] = struct{}{}
+			if len(o.failing) == evidence {
+				o.suspected, o.last, o.unheard = now, begun, calling
+			}
 		}
 		if o.brk == nil {
 			o.brk = newBreaker(o.cfg, func(consecutive uint32) bool {
-				return int(consecutive) >= o.cfg.Failures && len(o.failing) >= evidence
+				return int(consecutive) >= o.cfg.Failures && o.confirmed(time.Now())
 			})
 		}
 	}
@@ -231,7 +252,7 @@ func (o *outage) record(creator string, t *ticket, out Outcome) (opened, closed 
 	}
 	opened, closed = o.brk.record(t, out)
 	if out == Success && o.brk.closed() {
-		o.brk, o.failing = nil, nil
+		o.brk, o.failing, o.suspected = nil, nil, time.Time{}
 		o.troubled.Store(false)
 	}
 	return opened, closed

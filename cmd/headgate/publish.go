@@ -171,7 +171,7 @@ func publishFile(ctx context.Context, p *publisher.Publisher, in io.Reader, out,
 		defer mu.Unlock()
 		fmt.Fprintf(errOut, "line %d: %v\n", number, err)
 	}
-	stop := progress(errOut, &mu, func() string {
+	stop := showProgress(errOut, &mu, func() string {
 		return fmt.Sprintf("%d published, %d duplicates, %d failed", published.Load(), duplicates.Load(), failed.Load())
 	})
 	defer stop()
@@ -218,9 +218,9 @@ func publishFile(ctx context.Context, p *publisher.Publisher, in io.Reader, out,
 	return nil
 }
 
-// progress shows text now and then until it is stopped: in place on a
+// showProgress shows text now and then until it is stopped: in place on a
 // terminal, as lines else. What takes under two seconds shows nothing.
-func progress(w io.Writer, mu *sync.Mutex, text func() string) (stop func()) {
+func showProgress(w io.Writer, mu *sync.Mutex, text func() string) (stop func()) {
 	every, format := 3*time.Second, "%s\n"
 	terminal := telemetry.IsTerminal(w)
 	if terminal {
