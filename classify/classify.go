@@ -53,6 +53,35 @@ const (
 	Internal         Class = "INTERNAL"
 )
 
+// Retryable reports whether a failure of this class is worth another call. A
+// profile's rule, or the answer itself, may say otherwise: see [Failure].
+func (c Class) Retryable() bool {
+	switch c {
+	case RateLimit, ConcurrencyLimit, ServerError, UpstreamError, NetworkError, Timeout, Locked, RulesOutdated, Unknown:
+		return true
+	}
+	return false
+}
+
+// Throttled reports whether the class says "later" and not "broken".
+func (c Class) Throttled() bool {
+	switch c {
+	case RateLimit, ConcurrencyLimit, Locked:
+		return true
+	}
+	return false
+}
+
+// Unhealthy reports whether the class says that the API is in trouble: what a
+// circuit breaker counts. Refusals say nothing about health.
+func (c Class) Unhealthy() bool {
+	switch c {
+	case ServerError, UpstreamError, Timeout, NetworkError:
+		return true
+	}
+	return false
+}
+
 // Scope says whom a failure concerns, and so what is held because of it.
 type Scope string
 
@@ -73,7 +102,8 @@ type Answer struct {
 	Body []byte
 	// Truncated: the body was larger than its cap, and is cut off.
 	Truncated bool
-	// Err is the transport error when there was no answer.
+	// Err is the transport error when there was no answer, or when it broke
+	// off: half a success is none, but the status of a failure still counts.
 	Err error
 }
 
@@ -85,13 +115,23 @@ type Failure struct {
 
 	// RetryAfter is how long the API asks not to be called, as it said it:
 	// never negative, saturating, not capped. It means something only when
-	// RetryAfterKnown; zero then says "at once".
+	// RetryAfterKnown; zero then says "at once". A failure that is not worth
+	// another call may have it too: it says for how long to hold whom it concerns.
 	RetryAfter      time.Duration
 	RetryAfterKnown bool
+	// RetryAfterAssumed: RetryAfter is the minute of a rate limit that did not
+	// say for how long, not the API's own word.
+	RetryAfterAssumed bool
 
+	// Refresh: the credentials were refused and can be renewed. Renew them
+	// once, then call again.
+	Refresh bool
+
+	// What the provider said, cut to 1,024 bytes (Message) or 256 (the others).
+	// It is a stranger's text and may hold any character.
 	Code      string // the provider's own error code
 	Message   string // the provider's own words; may hold personal data
-	RequestID string // the provider's id of the call, for its support
+	RequestID string // the provider's id of the call, for its support; of a success too
 	Action    string // what somebody must do, e.g. relink_connection
 	Field     string // the request's field that is at fault
 
