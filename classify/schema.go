@@ -103,6 +103,10 @@ func readFile(filename string, data []byte) (*profileFile, error) {
 	case len(docs) > 1:
 		return nil, place(filename, fail(docs[1].Body, "a file holds one profile; a second one starts here"))
 	}
+	var plain plainValues
+	if ast.Walk(&plain, docs[0].Body); plain.err != nil {
+		return nil, place(filename, plain.err)
+	}
 	var file profileFile
 	if err := decode(docs[0].Body, &file, "a profile"); err != nil {
 		return nil, place(filename, err)
@@ -112,6 +116,24 @@ func readFile(filename string, data []byte) (*profileFile, error) {
 		file.Name = nameText(strings.TrimSuffix(base, filepath.Ext(base)))
 	}
 	return &file, nil
+}
+
+// plainValues refuses what YAML allows and would mean something else than it
+// seems to: a key without a value does not say "any", and an alias is resolved
+// within its own part of the file only.
+type plainValues struct{ err error }
+
+func (v *plainValues) Visit(node ast.Node) ast.Visitor {
+	switch node.(type) {
+	case *ast.NullNode:
+		v.err = fail(node, "there is no value here; leave the key out, or write one")
+	case *ast.AliasNode, *ast.AnchorNode, *ast.TagNode, *ast.MergeKeyNode:
+		v.err = fail(node, "anchors, aliases and tags are not supported; write the value out")
+	}
+	if v.err != nil {
+		return nil
+	}
+	return v
 }
 
 // fail is an error at a node.

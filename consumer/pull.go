@@ -30,11 +30,10 @@ type puller struct {
 	receive func(*nats.Msg)
 	trouble func(error) // the consumer or its stream cannot be asked
 
-	mu     sync.Mutex
-	sub    *nats.Subscription // nil: stopped
-	asked  int                // asked for and not arrived
-	heard  time.Time
-	broken int // rebinds since something was heard
+	mu    sync.Mutex
+	sub   *nats.Subscription // nil: stopped
+	asked int                // asked for and not arrived
+	heard time.Time
 }
 
 // more asks for what is missing to a full window, if that is worth a request.

@@ -47,15 +47,15 @@ func openSession(cmd *cobra.Command) (*session, error) {
 	return s, nil
 }
 
-// loadConfig reads the file that --config names. Flags come before it and
-// before the environment.
+// loadConfig reads the file that --config, or $HEADGATE_CONFIG, names. Flags
+// come before it and before the environment.
 func loadConfig(cmd *cobra.Command) (*config.Config, error) {
 	flags := cmd.Flags()
 	path, err := flags.GetString("config")
 	if err != nil {
 		return nil, err
 	}
-	cfg, err := config.Load(path, os.Environ())
+	cfg, err := config.Load(orElse(path, os.Getenv(config.FileVariable)), os.Environ())
 	if err != nil {
 		return nil, exitError{exitConfig, err}
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -51,9 +52,12 @@ func Parse(filename string, data []byte, environ []string) (*Config, error) {
 	return &c, nil
 }
 
+// noUnit is what goccy says of a duration without one.
+var noUnit = regexp.MustCompile(`cannot unmarshal \S+ into Go struct field \S+ of type time\.Duration`)
+
 // located turns goccy's "[line:column] message" into "line:column: message".
 func located(err error) error {
-	text := yaml.FormatError(err, false, true)
+	text := noUnit.ReplaceAllString(yaml.FormatError(err, false, true), "a duration is a number and a unit, such as 30s or 5m")
 	if place, rest, ok := strings.Cut(strings.TrimPrefix(text, "["), "] "); ok && strings.HasPrefix(text, "[") {
 		return errors.New(place + ": " + rest)
 	}
@@ -84,7 +88,12 @@ func (p problem) at(filename string, data []byte) error {
 	return fmt.Errorf("%s: %s %s", filename, name, p.message)
 }
 
-const envPrefix = "HEADGATE_"
+const (
+	envPrefix = "HEADGATE_"
+
+	// FileVariable names the configuration file where no flag does.
+	FileVariable = envPrefix + "CONFIG"
+)
 
 func variable(name string) string {
 	return envPrefix + strings.ToUpper(strings.ReplaceAll(name, ".", "_"))
@@ -99,7 +108,7 @@ func (c *Config) override(environ []string) error {
 	var errs []error
 	for _, entry := range environ {
 		name, value, _ := strings.Cut(entry, "=")
-		if !strings.HasPrefix(name, envPrefix) || name == c.Provider.Auth.Env {
+		if !strings.HasPrefix(name, envPrefix) || name == c.Provider.Auth.Env || name == FileVariable {
 			continue
 		}
 		knob, ok := knobs[name]

@@ -1,12 +1,16 @@
 package config
 
 import (
+	"encoding"
 	"fmt"
 	"math"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
 )
 
 // Rate is a number of calls in a time, written 60/m, 10/s, 600/h, 5000/d, or
@@ -64,6 +68,17 @@ func (r *Rate) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
+// UnmarshalYAML is UnmarshalText, with the place of what is wrong.
+func (r *Rate) UnmarshalYAML(node ast.Node) error { return fromNode(node, r) }
+
+// fromNode reads a scalar of the file.
+func fromNode(node ast.Node, into encoding.TextUnmarshaler) error {
+	if err := into.UnmarshalText([]byte(node.GetToken().Value)); err != nil {
+		return &yaml.SyntaxError{Message: err.Error(), Token: node.GetToken()}
+	}
+	return nil
+}
+
 // Size is a number of bytes, written 16MiB, 512KiB or 1000.
 type Size int64
 
@@ -103,6 +118,9 @@ func (s *Size) UnmarshalText(text []byte) (err error) {
 	*s, err = ParseSize(string(text))
 	return err
 }
+
+// UnmarshalYAML is UnmarshalText, with the place of what is wrong.
+func (s *Size) UnmarshalYAML(node ast.Node) error { return fromNode(node, s) }
 
 func redactURL(s string) string {
 	var out []string
