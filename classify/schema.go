@@ -124,9 +124,13 @@ func readFile(filename string, data []byte) (*profileFile, error) {
 type plainValues struct{ err error }
 
 func (v *plainValues) Visit(node ast.Node) ast.Visitor {
-	switch node.(type) {
+	switch n := node.(type) {
+	case *ast.MappingValueNode:
+		if n.Value == nil || n.Value.Type() == ast.NullType {
+			v.err = fail(n.Key, "%s has no value; leave it out, or write one", n.Key.GetToken().Value)
+		}
 	case *ast.NullNode:
-		v.err = fail(node, "there is no value here; leave the key out, or write one")
+		v.err = fail(node, "there is no value here; leave it out, or write one")
 	case *ast.AliasNode, *ast.AnchorNode, *ast.TagNode, *ast.MergeKeyNode:
 		v.err = fail(node, "anchors, aliases and tags are not supported; write the value out")
 	}
