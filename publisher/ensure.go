@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -195,14 +196,26 @@ func diff(want, have any) []string {
 			}
 			continue
 		}
-		if a, b := string(h[name]), string(w[name]); a != b {
-			if a == "" {
-				a = "unset"
-			}
-			d = append(d, fmt.Sprintf("%s: %s → %s", name, a, b))
+		if string(h[name]) != string(w[name]) {
+			d = append(d, fmt.Sprintf("%s: %s → %s", name, readable(name, h[name]), readable(name, w[name])))
 		}
 	}
 	return d
+}
+
+// readable is a value of a configuration for people: durations are nanoseconds
+// in the API.
+func readable(name string, value json.RawMessage) string {
+	if value == nil {
+		return "unset"
+	}
+	switch name {
+	case "max_age", "duplicate_window", "ack_wait", "ttl", "limit_marker_ttl":
+		if n, err := strconv.ParseInt(string(value), 10, 64); err == nil {
+			return time.Duration(n).String()
+		}
+	}
+	return string(value)
 }
 
 // fields are those of v's JSON that say something.

@@ -60,9 +60,10 @@ func printChanges(w io.Writer, changes []publisher.Change, output string, dryRun
 			t.AppendRow(table.Row{"", "", "  " + d})
 		}
 	}
+	text := t.Render() + "\n"
 	if dryRun {
-		t.AppendFooter(table.Row{"", "", "nothing was changed"})
+		text += "Nothing was changed.\n"
 	}
-	_, err := fmt.Fprintln(w, t.Render())
+	_, err := io.WriteString(w, text)
 	return err
 }

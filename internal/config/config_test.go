@@ -197,6 +197,18 @@ func TestPrintedConfigurationIsOne(t *testing.T) {
 	}
 }
 
+func TestNothingIsTheDefault(t *testing.T) {
+	want := Default()
+	for _, text := range []string{"", "\n", "# only a comment\n", "---\n", "retry:\n  # attempts: 3\nnats:\n", "limits: {creator: }\n"} {
+		c, err := Parse("h.yaml", []byte(text), nil)
+		if err != nil {
+			t.Errorf("%q: %v", text, err)
+		} else if !reflect.DeepEqual(*c, want) {
+			t.Errorf("%q: got %+v", text, c)
+		}
+	}
+}
+
 func TestProfileIsRelativeToTheFile(t *testing.T) {
 	c, err := Parse("/etc/headgate/h.yaml", []byte("provider: {profile: ./my-api.yaml}\n"), nil)
 	if err != nil || c.Provider.Profile != "/etc/headgate/my-api.yaml" {

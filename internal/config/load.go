@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
 )
 
 // Load reads a file and then the HEADGATE_… variables in environ, which is in the form of
@@ -33,7 +35,7 @@ func Load(path string, environ []string) (*Config, error) {
 // wrong, each with its place and what would be right.
 func Parse(filename string, data []byte, environ []string) (*Config, error) {
 	c := Default()
-	if err := yaml.UnmarshalWithOptions(data, &c, yaml.Strict()); err != nil {
+	if err := decode(data, &c); err != nil {
 		return nil, fmt.Errorf("%s:%w", filename, located(err))
 	}
 	if err := c.override(environ); err != nil {
@@ -50,6 +52,37 @@ func Parse(filename string, data []byte, environ []string) (*Config, error) {
 		c.Provider.Profile = filepath.Join(filepath.Dir(filename), c.Provider.Profile)
 	}
 	return &c, nil
+}
+
+// decode reads data into c. What is there without a value, such as a section
+// whose lines are all commented out, keeps its defaults.
+func decode(data []byte, c *Config) error {
+	file, err := parser.ParseBytes(data, 0)
+	if err != nil {
+		return err
+	}
+	for _, doc := range file.Docs {
+		if doc.Body == nil || doc.Body.Type() == ast.NullType || doc.Body.Type() == ast.CommentType {
+			continue
+		}
+		ast.Walk(dropNulls{}, doc.Body)
+		if err := yaml.NodeToValue(doc.Body, c, yaml.Strict()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type dropNulls struct{}
+
+// Visit takes the members without a value out of a mapping.
+func (v dropNulls) Visit(node ast.Node) ast.Visitor {
+	if m, ok := node.(*ast.MappingNode); ok {
+		m.Values = slices.DeleteFunc(m.Values, func(member *ast.MappingValueNode) bool {
+			return member.Value.Type() == ast.NullType
+		})
+	}
+	return v
 }
 
 // noUnit is what goccy says of a duration without one.
