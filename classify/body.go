@@ -142,10 +142,10 @@ func text(raw []byte, limit int) string {
 	}
 	s := raw[1 : len(raw)-1]
 	if bytes.IndexByte(s, '\\') < 0 {
-		return clip(string(s[:min(len(s), limit+1)]), limit)
+		return clip(string(s[:min(len(s), limit+utf8.UTFMax)]), limit)
 	}
 	var b strings.Builder
-	for i := 0; i < len(s) && b.Len() <= limit; i++ {
+	for i := 0; i < len(s) && b.Len() < limit+utf8.UTFMax; i++ {
 		if s[i] != '\\' {
 			b.WriteByte(s[i])
 			continue
@@ -195,22 +195,21 @@ func hex4(s []byte) rune {
 	return r
 }
 
-// clip cuts s to limit bytes, between characters, and makes it valid UTF-8.
+// clip cuts s to limit bytes, between characters. Each byte that is no UTF-8
+// becomes U+FFFD, as in encoding/json.
 func clip(s string, limit int) string {
-	if len(s) > limit {
-		for limit > 0 && !utf8.RuneStart(s[limit]) {
-			limit--
-		}
-		s = s[:limit]
+	// A character that the limit cuts in two must not become several others.
+	s = s[:min(len(s), limit+utf8.UTFMax)]
+	if !utf8.ValidString(s) {
+		s = string([]rune(s))
 	}
-	if utf8.ValidString(s) {
+	if len(s) <= limit {
 		return s
 	}
-	s = strings.ToValidUTF8(s, "\uFFFD")
-	if len(s) > limit {
-		return clip(s, limit)
+	for limit > 0 && !utf8.RuneStart(s[limit]) {
+		limit--
 	}
-	return s
+	return s[:limit]
 }
 
 // number returns the text of a JSON number, "" for what is none.

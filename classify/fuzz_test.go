@@ -46,7 +46,7 @@ func FuzzRetryAfter(f *testing.F) {
 func FuzzBody(f *testing.F) {
 	for _, s := range []string{
 		`{"a":"b"}`, `{"a":{"b":"c"}}`, `{"a":[1,{"b":"\ud83d\ude00\ud83d"}]}`, `{"a":"x","a":null}`, " {\"\\u0061\" : -1e5 } ", `{"a":"\"\\\/\b\f\n\r\t"}`,
-		"{\"a\":\"\xff\"}", `{"a":[[{"b":1}],{"b":null},{"b":2}]}`, `[]`, `{`, `{"a":true,"b":"` + strings.Repeat("é", 200) + `"}`,
+		"{\"a\":\"\xff\"}", "{\"a\":\"\xf0\xf0\"}", `{"a":[[{"b":1}],{"b":null},{"b":2}]}`, `[]`, `{`, `{"a":true,"b":"` + strings.Repeat("é", 200) + `"}`,
 	} {
 		f.Add([]byte(s), "a", "b")
 	}
