@@ -45,7 +45,8 @@ type creator struct {
 	inFlight int
 	most     int
 	statuses map[int]int
-	until    time.Time // end of the window in which nobody may call
+	from     time.Time // the window in which nobody may call
+	until    time.Time
 	early    int       // calls that began inside a window
 	starts   []time.Time
 }
@@ -79,33 +80,38 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c.inFlight++
 	c.most = max(c.most, c.inFlight)
 	c.starts = append(c.starts, began)
-	if began.Before(c.until) {
+	if began.After(c.from) && began.Before(c.until) {
 		c.early++
 	}
 	answer := c.behaviour(c.calls, c.random)
 	c.mu.Unlock()
 
 	hung := !wait(r, answer.After)
+	c.mu.Lock()
+	c.statuses[answer.Status]++
+	if now := time.Now(); !hung && answer.RetryAfter > 0 {
+		// Calls that are under way when the answer leaves are not early.
+		if !now.Before(c.until) {
+			c.from = now.Add(clockSlack)
+		}
+		if until := now.Add(answer.RetryAfter); until.After(c.until) {
+			c.until = until
+		}
+	}
+	c.mu.Unlock()
 	if !hung && answer.Status != 0 {
 		a.write(w, answer)
 	}
 	c.mu.Lock()
 	c.inFlight--
-	c.statuses[answer.Status]++
-	if !hung && answer.RetryAfter > 0 {
-		// From when the answer has left: calls already under way are not early.
-		if until := time.Now().Add(answer.RetryAfter - clockSlack); until.After(c.until) {
-			c.until = until
-		}
-	}
 	c.mu.Unlock()
 	if hung || answer.Status == 0 {
 		panic(http.ErrAbortHandler) // closes the connection without an answer
 	}
 }
 
-// clockSlack is between the caller's reading of an answer and the end of its
-// writing here, which comes after it.
+// clockSlack is for how long after an answer calls arrive that left before it
+// was read.
 const clockSlack = 20 * time.Millisecond
 
 func wait(r *http.Request, d time.Duration) bool {
