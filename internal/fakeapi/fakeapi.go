@@ -88,6 +88,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	hung := !wait(r, answer.After)
 	c.mu.Lock()
+	c.inFlight-- // before the answer leaves: the caller may call again at once
 	c.statuses[answer.Status]++
 	if now := time.Now(); !hung && answer.RetryAfter > 0 {
 		// Calls that are under way when the answer leaves are not early.
@@ -102,9 +103,6 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !hung && answer.Status != 0 {
 		a.write(w, answer)
 	}
-	c.mu.Lock()
-	c.inFlight--
-	c.mu.Unlock()
 	if hung || answer.Status == 0 {
 		panic(http.ErrAbortHandler) // closes the connection without an answer
 	}
