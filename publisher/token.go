@@ -3,6 +3,7 @@ package publisher
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -13,10 +14,14 @@ const maxToken = 128
 
 // EncodeToken turns any name into a subject token that is also a valid key of a
 // bucket: each byte outside [A-Za-z0-9_-] becomes =XX, its value in upper-case
-// hex. It refuses what is empty or longer than 128 bytes once encoded.
+// hex. It refuses what is empty or longer than 128 bytes once encoded, and the
+// wildcards * and >, which whoever wrote them did not mean as a name.
 func EncodeToken(s string) (string, error) {
-	if s == "" {
-		return "", fmt.Errorf("a name must not be empty")
+	switch s {
+	case "":
+		return "", errors.New("a name must not be empty")
+	case "*", ">":
+		return "", fmt.Errorf("%q is a wildcard, not a name", s)
 	}
 	plain := 0
 	for plain < len(s) && plainByte(s[plain]) {
@@ -62,7 +67,10 @@ func DecodeToken(token string) (string, error) {
 		}
 		return "", fmt.Errorf("token %q: byte %d must be one of A-Z a-z 0-9 _ - or start =XX, the upper-case hex of any other byte", clip(token, 40), i)
 	}
-	return b.String(), nil
+	if name := b.String(); name != "*" && name != ">" {
+		return name, nil
+	}
+	return "", fmt.Errorf("token %q is an encoded wildcard, not a name", token)
 }
 
 // IDToken is the subject token, and key, of a request id: encoded like a name, or,

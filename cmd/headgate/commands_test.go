@@ -65,6 +65,7 @@ func TestPublish(t *testing.T) {
 	}
 	for name, args := range map[string][]string{
 		"empty creator":    {"publish", "", "send", "{}"},
+		"wildcard":         {"publish", "*", "send", "{}"},
 		"long creator":     {"publish", strings.Repeat("x", 200), "send", "{}"},
 		"server's header":  {"publish", "alice", "send", "{}", "--header", "Nats-TTL=1s"},
 		"no header at all": {"publish", "alice", "send", "{}", "--header", "x"},

@@ -308,7 +308,7 @@ Look inside with the nats CLI%s:
   nats %[2]s stream get RESULTS --last-for results.%[3]s.fans_top.demo=3A0
   nats %[2]s stream view DLQ
   nats %[2]s consumer report REQUESTS
-  nats %[2]s kv ls HOLDS --display-value
+  nats %[2]s kv ls HOLDS --verbose --display-value
   nats %[2]s kv put HOLDS creator.%[3]s 1h
 `, d.lookHint(), server, fakeapi.Name(0))
 	return nil

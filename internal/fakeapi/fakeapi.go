@@ -47,7 +47,7 @@ type creator struct {
 	statuses map[int]int
 	from     time.Time // the window in which nobody may call
 	until    time.Time
-	early    int       // calls that began inside a window
+	early    int // calls that began inside a window
 	starts   []time.Time
 }
 
