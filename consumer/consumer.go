@@ -79,6 +79,8 @@ type Worker struct {
 	publisher *publisher.Publisher
 	gates     *resilience.Gates
 	holds     *holds
+	limits    *limits
+	budget    *budget
 	ledger    *ledger
 	requests  string    // names of streams
 	results   string    //
@@ -87,8 +89,7 @@ type Worker struct {
 	partitions []*partition
 	calls      sync.WaitGroup
 	near       atomic.Int64 // messages waiting in this worker
-	hungry     queue        // creators that wait for one of the worker's calls to end
-	slow       queue        // slow ones, for one of theirs
+	lines      [3]line      // creators that wait for what they share
 
 	callCtx   context.Context // of calls
 	settleCtx context.Context // of what must be done once a call was made
@@ -129,12 +130,19 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	w.created = stream.CachedInfo().Created
 
 	buckets := map[string]jetstream.KeyValue{}
-	for _, name := range []string{publisher.Holds, publisher.Ledger, publisher.Owners} {
+	for _, name := range []string{publisher.Holds, publisher.Limits, publisher.Ledger, publisher.Budgets, publisher.Owners} {
 		if buckets[name], err = js.KeyValue(ctx, ns.Stream(name)); err != nil {
 			return nil, fmt.Errorf("bind to bucket %s (has `headgate setup` been run?): %w", ns.Stream(name), err)
 		}
 	}
 	w.holds = &holds{kv: buckets[publisher.Holds], log: cfg.Log, creators: make(map[string]resilience.Hold)}
+	w.limits = &limits{kv: buckets[publisher.Limits], log: cfg.Log, usual: cfg.Gates.Creator, creators: make(map[string]resilience.Limits)}
+	w.budget = &budget{kv: buckets[publisher.Budgets], rate: cfg.Gates.Account, log: cfg.Log, wanted: make(chan struct{}, 1)}
+	w.lines = [...]line{
+		{reason: resilience.ReasonWorker, full: gates.Full},
+		{reason: resilience.ReasonSlow, full: gates.SlowFull},
+		{reason: resilience.ReasonAccount, full: func() bool { return gates.Broke(time.Now()) }},
+	}
 	api := apiPrefix(js)
 	w.ledger = &ledger{nc: nc, kv: buckets[publisher.Ledger], stream: "KV_" + ns.Stream(publisher.Ledger), api: api}
 
@@ -190,12 +198,24 @@ func (w *Worker) Run(ctx context.Context) error {
 	keepCtx, stopKeeping := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopKeeping()
 	var keepers errgroup.Group
-	ready := make(chan struct{})
-	keepers.Go(func() error { w.watchHolds(keepCtx, sync.OnceFunc(func() { close(ready) })); return nil })
-	select {
-	case <-ready: // before its first call a worker knows every hold
-	case <-ctx.Done():
+	for _, b := range []struct {
+		kv    jetstream.KeyValue
+		apply func(jetstream.KeyValueEntry)
+	}{
+		{w.holds.kv, func(e jetstream.KeyValueEntry) { w.holds.apply(w, e) }},
+		{w.limits.kv, func(e jetstream.KeyValueEntry) { w.limits.apply(w, e) }},
+	} {
+		ready := make(chan struct{})
+		keepers.Go(func() error {
+			w.follow(keepCtx, b.kv, b.apply, sync.OnceFunc(func() { close(ready) }))
+			return nil
+		})
+		select {
+		case <-ready: // before its first call a worker knows every hold and limit
+		case <-ctx.Done():
+		}
 	}
+	keepers.Go(func() error { w.fund(keepCtx); return nil })
 	keepers.Go(func() error { w.keepLeases(keepCtx, ctx.Done()); return nil })
 	keepers.Go(func() error { w.tick(keepCtx); return nil })
 	<-ctx.Done()
@@ -253,12 +273,36 @@ func (w *Worker) release(ctx context.Context) error {
 	return nil
 }
 
-// watchHolds follows the HOLDS bucket, again and again should the watch end.
-func (w *Worker) watchHolds(ctx context.Context, ready func()) {
+// follow applies what is in a bucket and then each change, again and again
+// should the watch end. It calls ready when all that is there has been applied.
+func (w *Worker) follow(ctx context.Context, kv jetstream.KeyValue, apply func(jetstream.KeyValueEntry), ready func()) {
 	for ctx.Err() == nil {
-		if err := w.holds.watch(ctx, w, ready); err != nil && ctx.Err() == nil {
-			w.log.Error().Err(err).Msg("holds are not followed; trying again")
+		if err := watch(ctx, kv, apply, ready); err != nil && ctx.Err() == nil {
+			w.log.Error().Err(err).Msg("changes are not followed; trying again")
 			sleep(ctx, time.Second)
+		}
+	}
+}
+
+func watch(ctx context.Context, kv jetstream.KeyValue, apply func(jetstream.KeyValueEntry), ready func()) error {
+	watcher, err := kv.WatchAll(ctx)
+	if err != nil {
+		return fmt.Errorf("watch %s: %w", kv.Bucket(), err)
+	}
+	defer func() { _ = watcher.Stop() }()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case entry, open := <-watcher.Updates():
+			switch {
+			case !open:
+				return fmt.Errorf("watch %s: the watcher ended", kv.Bucket())
+			case entry == nil:
+				ready()
+			default:
+				apply(entry)
+			}
 		}
 	}
 }

@@ -55,6 +55,7 @@ type outcome struct {
 	throttled int // calls so far that were, this one included
 	// providerFailing: enough creators fail to believe in an outage.
 	providerFailing bool
+	window          time.Duration // for which the API says that no calls are left; 0: it does not
 	now             time.Time
 	random          float64 // in [0, 1)
 }
@@ -72,15 +73,18 @@ type verdict struct {
 // decide is pure: the same outcome has the same verdict.
 func decide(o outcome, op Operation) verdict {
 	f := o.failure
-	switch {
-	case !o.failed:
-		return verdict{fate: succeed}
-	case f.Class == classify.NotFound && op.NotFoundEmpty:
-		return verdict{fate: succeed, empty: true}
+	empty := f.Class == classify.NotFound && op.NotFoundEmpty
+	if !o.failed || empty {
+		v := verdict{fate: succeed, empty: empty}
+		v.hold, v.scope = windowHold(o, op.Retry.Cap)
+		return v
 	}
 
 	v := verdict{fate: retry}
 	v.hold, v.scope = holdFor(o, op.Retry.Cap)
+	if v.hold == nil {
+		v.hold, v.scope = windowHold(o, op.Retry.Cap)
+	}
 	switch attempts := allowed(f.Class, op.Retry); {
 	case !f.Retryable:
 		v.fate, v.reason = bury, "terminal: "+describe(f)
@@ -90,6 +94,9 @@ func decide(o outcome, op Operation) verdict {
 	case !f.Class.Throttled() && o.attempts >= attempts:
 		v.fate = bury
 		v.reason = fmt.Sprintf("attempts exhausted, %d of %d: %s", o.attempts, attempts, describe(f))
+	case f.Class == classify.ConcurrencyLimit && f.RetryAfterAssumed:
+		// Fewer calls at once help, longer waiting does not.
+		v.after = o.now.Add(op.Retry.Delay(1, o.random))
 	case f.RetryAfterKnown:
 		wait := min(f.RetryAfter, op.Retry.Cap)
 		// Upward only: never before the time that the API stated.
@@ -135,6 +142,18 @@ func holdFor(o outcome, limit time.Duration) (*resilience.Hold, classify.Scope) 
 		return h, classify.ScopeCreator
 	}
 	return nil, ""
+}
+
+// windowHold waits for the end of a window that has no calls left, instead of for
+// the refusal of the next call.
+func windowHold(o outcome, limit time.Duration) (*resilience.Hold, classify.Scope) {
+	if o.window <= 0 {
+		return nil, ""
+	}
+	return &resilience.Hold{
+		Since: o.now, Until: o.now.Add(min(o.window, limit)),
+		Class: classify.RateLimit, Reason: "no calls are left in the API's window",
+	}, classify.ScopeCreator
 }
 
 // heldScope: what concerns a request is held for its creator.

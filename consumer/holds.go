@@ -21,8 +21,20 @@ import (
 const (
 	holdAccount  = "account"
 	holdProvider = "provider"
-	holdCreator  = "creator." // + the creator's token
+	holdCreator  = perCreator
 )
+
+// perCreator, and the creator's token, is a key of HOLDS and of LIMITS.
+const perCreator = "creator."
+
+// creatorOf is the creator that a key names.
+func creatorOf(key string) (string, error) {
+	token, ok := strings.CutPrefix(key, perCreator)
+	if !ok {
+		return "", fmt.Errorf("key %q does not start with %s", key, perCreator)
+	}
+	return publisher.DecodeToken(token)
+}
 
 // holds mirrors the HOLDS bucket, which every worker watches, so that a hold
 // outlives the worker that met it and people can set one by hand.
@@ -104,48 +116,19 @@ func (hs *holds) store(ctx context.Context, key string, h resilience.Hold) error
 	return nil
 }
 
-// watch applies what is in HOLDS and then each change. It calls ready when all
-// that stands has been applied, and returns when ctx ends.
-func (hs *holds) watch(ctx context.Context, w *Worker, ready func()) error {
-	watcher, err := hs.kv.WatchAll(ctx)
-	if err != nil {
-		return fmt.Errorf("watch holds: %w", err)
-	}
-	defer func() { _ = watcher.Stop() }()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case entry, open := <-watcher.Updates():
-			switch {
-			case !open:
-				return errors.New("watch holds: the watcher ended")
-			case entry == nil:
-				ready()
-			default:
-				hs.apply(w, entry)
-			}
-		}
-	}
-}
-
+// apply takes an entry of HOLDS, as it is or as it has become.
 func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	key := entry.Key()
-	name, perCreator := strings.CutPrefix(key, holdCreator)
-	if perCreator {
-		var err error
-		if name, err = publisher.DecodeToken(name); err != nil {
-			hs.log.Warn().Err(err).Str("key", key).Msg("ignored: a key of HOLDS is creator.<encoded creator>")
-			return
-		}
-	} else if key != holdAccount && key != holdProvider {
-		hs.log.Warn().Str("key", key).Msg("ignored: a key of HOLDS is creator.<creator>, account or provider")
+	name, err := creatorOf(key)
+	isCreator := err == nil
+	if err != nil && key != holdAccount && key != holdProvider {
+		hs.log.Warn().Err(err).Str("key", key).Msg("ignored: a key of HOLDS is creator.<encoded creator>, account or provider")
 		return
 	}
 
 	if entry.Operation() != jetstream.KeyValuePut {
 		switch {
-		case perCreator:
+		case isCreator:
 			hs.mu.Lock()
 			delete(hs.creators, name)
 			hs.mu.Unlock()
@@ -169,7 +152,7 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 		return
 	}
 	switch {
-	case perCreator:
+	case isCreator:
 		hs.mu.Lock()
 		hs.creators[name] = h
 		hs.mu.Unlock()

@@ -154,6 +154,9 @@ func (p *partition) creator(name string) *creator {
 		if h, held := p.w.holds.of(name); held {
 			c.gate.Hold(h)
 		}
+		if l, special := p.w.limits.of(name); special {
+			_ = c.gate.SetLimits(time.Now(), l) // checked when it was read
+		}
 		p.creators[name] = c
 	}
 	return c
@@ -184,14 +187,16 @@ func (p *partition) admit(c *creator, d *delivery, now time.Time) {
 // wait lets d wait in the worker if its turn is near and there is room, else
 // at the server.
 func (p *partition) wait(c *creator, d *delivery, now time.Time) {
-	// Waiting for one of the worker's calls to end is not this creator's
-	// doing, so it keeps its place, and less is pulled meanwhile.
-	starved := d.why.Reason == resilience.ReasonWorker
-	room := len(c.waiting) < nearest && p.w.near.Load() < int64(nearShare*p.w.cfg.Gates.InFlight)
+	// Waiting for what others have is not this creator's doing, so those that
+	// could be called at once keep their place, and less is pulled meanwhile.
+	// The rest of its backlog lets others pass.
+	few := len(c.waiting) < c.gate.Slots()
+	starved := few && d.why.Reason.Shared()
+	room := few || len(c.waiting) < nearest && p.w.near.Load() < int64(nearShare*p.w.cfg.Gates.InFlight)
 	// Who comes back for its turn does not queue up for another one, unless
 	// what it waited for has become far away.
 	if !starved && (!d.waited || far(d.why, now) || !room) {
-		turn := c.gate.Turn(now, d.op.Kind, rand.Float64())
+		turn := c.gate.Turn(now, d.op.Kind, len(c.waiting), rand.Float64())
 		if turn.IsZero() || turn.Sub(now) > nearTurn || !room {
 			p.park(c, d, turn, false)
 			return
@@ -264,7 +269,7 @@ func (p *partition) setAside(c *creator, no resilience.Refusal, now time.Time) {
 	for len(c.waiting) > 0 {
 		d := p.next(c)
 		d.why = no
-		p.park(c, d, c.gate.Turn(now, d.op.Kind, rand.Float64()), false)
+		p.park(c, d, c.gate.Turn(now, d.op.Kind, len(c.waiting), rand.Float64()), false)
 	}
 }
 
@@ -273,7 +278,7 @@ func (p *partition) arm(c *creator, no resilience.Refusal, now time.Time) {
 	switch {
 	case len(c.waiting) == 0:
 		return
-	case no.Reason == resilience.ReasonWorker || no.Reason == resilience.ReasonSlow:
+	case no.Reason.Shared() || no.Reason == resilience.ReasonSlow:
 		p.w.starve(p, c, no.Reason)
 		return
 	case no.NotBefore.IsZero(): // the end of one of c's calls pumps
@@ -339,7 +344,7 @@ func (p *partition) again(c *creator, d *delivery, after time.Time) {
 	turn, own := after, true
 	if hold := c.gate.Held(time.Now()); hold != nil {
 		// It is first in line, at the end of the hold that it may have caused.
-		if at := c.gate.Turn(time.Now(), d.op.Kind, rand.Float64()); at.IsZero() || at.After(after) {
+		if at := c.gate.Turn(time.Now(), d.op.Kind, 0, rand.Float64()); at.IsZero() || at.After(after) {
 			turn, own = at, false
 			d.why = resilience.Refusal{Reason: resilience.ReasonHold, NotBefore: hold.Until, Hold: hold}
 		}
@@ -366,7 +371,7 @@ func (p *partition) replan(c *creator) {
 		if k.own {
 			continue
 		}
-		k.turn = c.gate.Turn(now, k.kind, 0)
+		k.turn = c.gate.Turn(now, k.kind, 0, 0)
 		until := k.turn
 		if until.IsZero() {
 			until = now.Add(longestPark)
@@ -382,6 +387,17 @@ func (p *partition) hold(name string, h resilience.Hold) {
 	defer p.mu.Unlock()
 	if c := p.creators[name]; c != nil && c.gate.Hold(h) {
 		p.pumpLocked(c)
+	}
+}
+
+// limit changes the limits of a creator that may or may not be known here yet.
+func (p *partition) limit(name string, l resilience.Limits) {
+	p.mu.Lock()
+	c := p.creators[name]
+	p.mu.Unlock()
+	if c != nil {
+		_ = c.gate.SetLimits(time.Now(), l) // checked when it was read
+		p.replan(c)
 	}
 }
 

@@ -65,8 +65,12 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 	}
 
 	failure, failed := w.cfg.Profile.Classify(answer, now)
+	hints := w.cfg.Profile.Hints(answer.Header, now)
 	took := now.Sub(started)
 	o := outcome{failure: failure, failed: failed, now: now, random: rand.Float64()}
+	if hints.Exhausted {
+		o.window = hints.HoldFor
+	}
 	if failed && !(failure.Class == classify.NotFound && d.op.NotFoundEmpty) {
 		d.record.Attempts = append(d.record.Attempts, publisher.Attempt{
 			At: started.UTC().Round(0), Ms: took.Milliseconds(), Class: failure.Class,
@@ -78,6 +82,9 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 	v := decide(o, d.op)
 	if v.hold != nil {
 		w.hold(c, d, v)
+	}
+	if crowded := failed && failure.Class == classify.ConcurrencyLimit; crowded || hints.ConcurrencyLimit > 0 {
+		permit.Concurrency(now, hints.ConcurrencyLimit, hints.ConcurrencyActive, crowded)
 	}
 	w.changed(p, c, end(health(failure, failed)))
 	p.pump(c)

@@ -20,17 +20,22 @@ const (
 	ReasonBreaker         Reason = "breaker"
 	ReasonTurn            Reason = "turn"    // others of this creator wait in front
 	ReasonLimit           Reason = "limit"   // the creator's rate
-	ReasonAccount         Reason = "account" // the account's rate
 	ReasonSlots           Reason = "slots"   // the creator's calls in flight
 	ReasonSlow            Reason = "slow"    // the share of slow creators in the worker's
 	ReasonWorker          Reason = "worker"  // the worker's calls in flight
+	ReasonAccount         Reason = "account" // the account's rate
 )
+
+// Shared reports that what keeps a request is in use by other creators, and is
+// no doing of its own.
+func (r Reason) Shared() bool { return r == ReasonWorker || r == ReasonAccount }
 
 // Refusal is the one reason why a call may not be made now.
 type Refusal struct {
 	Reason Reason
 	// NotBefore is when it is worth asking again; zero where no time can be
-	// said: when somebody releases the hold, or when a call in flight ends.
+	// said: when somebody releases the hold, when a call in flight ends, or
+	// when the account's budget is funded.
 	NotBefore time.Time
 	Hold      *Hold // the hold, where that is the reason
 }
@@ -45,19 +50,26 @@ type Gate struct {
 	epoch    int64 // of gates, when this gate last looked
 	hold     *Hold
 	brk      *breaker
-	lanes    [2]*lane // by Kind; one and the same unless limited apart
-	slots    int
+	lanes    [2]*lane  // by Kind; one and the same unless limited apart
+	limit    int       // of slots, as configured
+	slots    int       // now: the API may want fewer
+	calm     int       // successes since slots changed
+	crowded  time.Time // when it last wanted fewer
 	inFlight int
 	slow     bool
 	started  time.Time     // of the call that has been in flight longest, about
 	latency  time.Duration // moving average
+	starved  time.Time     // when it last could not have what all creators share
+	sharing  time.Time     // its last call while it could not, or when that began
+	share    time.Duration // between its calls then, moving average
 }
 
 // lane is a line of requests in front of one rate limit.
 type lane struct {
 	limiter  *rate.Limiter // nil: no limit
 	interval time.Duration
-	next     time.Time     // the first turn that nobody has
+	next     time.Time     // the first turn that nobody has, as far as calls at once go
+	token    time.Time     // when there is a token for it
 	planned  time.Duration // between the last turns given
 }
 
@@ -82,7 +94,7 @@ func (g *Gates) Gate(creator string, emptySince time.Time) *Gate {
 	common := newLane(l.Rate)
 	gate := &Gate{
 		creator: creator, gates: g, epoch: g.epoch.Load(),
-		slots: l.Concurrency, lanes: [2]*lane{common, common},
+		limit: l.Concurrency, slots: l.Concurrency, lanes: [2]*lane{common, common},
 	}
 	if l.Read != nil {
 		gate.lanes[Read] = newLane(*l.Read)
@@ -120,6 +132,12 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 	defer g.mu.Unlock()
 	lane := g.lanes[kind]
 	if no, refused := g.refuses(now, lane, waited); refused {
+		if no.Reason.Shared() {
+			if g.sharing.IsZero() {
+				g.sharing = now
+			}
+			g.starved = now
+		}
 		return Permit{}, no, false
 	}
 
@@ -144,8 +162,8 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 		p.upstream = nil
 		return giveBack(Refusal{Reason: ReasonProviderHold, NotBefore: soon, Hold: g.gates.provider.hold.Load()})
 	}
-	if b := g.gates.budget; b != nil && !b.AllowN(now, 1) {
-		return giveBack(Refusal{Reason: ReasonAccount, NotBefore: nextToken(b, now)})
+	if !g.gates.budget.take(now) {
+		return giveBack(Refusal{Reason: ReasonAccount})
 	}
 	if l := lane.limiter; l != nil && !l.AllowN(now, 1) {
 		return giveBack(Refusal{Reason: ReasonLimit, NotBefore: nextToken(l, now)})
@@ -158,6 +176,14 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 		return giveBack(Refusal{Reason: ReasonBreaker, NotBefore: soon})
 	}
 
+	if !g.sharing.IsZero() {
+		if now.Sub(g.starved) < max(time.Second, 4*g.share) {
+			g.share += (now.Sub(g.sharing) - g.share) / 8
+			g.sharing = now
+		} else {
+			g.share, g.sharing = 0, time.Time{}
+		}
+	}
 	if g.inFlight == 0 {
 		g.started = now
 	}
@@ -201,9 +227,6 @@ func (g *Gate) refuses(now time.Time, lane *lane, waited bool) (Refusal, bool) {
 	if at := nextToken(lane.limiter, now); at.After(now) {
 		return Refusal{Reason: ReasonLimit, NotBefore: at}, true
 	}
-	if at := nextToken(g.gates.budget, now); at.After(now) {
-		return Refusal{Reason: ReasonAccount, NotBefore: at}, true
-	}
 	if g.inFlight >= g.slots {
 		return Refusal{Reason: ReasonSlots}, true
 	}
@@ -213,6 +236,10 @@ func (g *Gate) refuses(now time.Time, lane *lane, waited bool) (Refusal, bool) {
 	}
 	if g.gates.Full() {
 		return Refusal{Reason: ReasonWorker}, true
+	}
+	// Last: tokens are leased for those whom nothing else keeps.
+	if g.gates.Broke(now) {
+		return Refusal{Reason: ReasonAccount}, true
 	}
 	return Refusal{}, false
 }
@@ -239,25 +266,33 @@ func nextToken(l *rate.Limiter, now time.Time) time.Time {
 // Turn gives a request that was refused a time of its own: not before whatever
 // forbids a call now is over, and one after another at the pace that the
 // creator's limit, or its slots, will allow. So n waiting requests come back
-// once each, and an outage does not end in a burst. jitter in [0, 1) moves
-// the first turn after a hold later, so that creators do not come back at the
-// same moment. The zero time means that nobody can say.
-func (g *Gate) Turn(now time.Time, kind Kind, jitter float64) time.Time {
+// once each, and an outage does not end in a burst. ahead is how many of the
+// creator's requests are waiting for their turn to be called already. jitter
+// in [0, 1) moves the first turn after a hold later, so that creators do not
+// come back at the same moment. The zero time means that nobody can say.
+func (g *Gate) Turn(now time.Time, kind Kind, ahead int, jitter float64) time.Time {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	lane := g.lanes[kind]
-	interval := g.pace(lane)
-	at := lane.next
-	if opens, ok := g.opens(now, lane); !ok {
+	pace := g.pace(lane)
+	opens, ok := g.opens(now, lane)
+	if !ok {
 		return time.Time{}
-	} else if at.Before(opens) {
-		at = opens
-		if opens.After(now) {
-			at = at.Add(time.Duration(jitter * float64(min(interval, time.Second))))
-		}
 	}
-	lane.next = at.Add(interval)
-	lane.planned = interval
+	token := later(lane.token, opens)
+	if lane.limiter != nil && !opens.After(now) {
+		// Of a burst that is there, the next turns need not be apart.
+		saved := time.Duration((lane.limiter.TokensAt(now) - 1) * float64(lane.interval))
+		token = later(lane.token, now.Add(-saved))
+	}
+	at := later(later(lane.next, token), opens)
+	at = later(at, now.Add(time.Duration(ahead)*g.alone()))
+	if opens.After(now) && at.Equal(opens) {
+		at = at.Add(time.Duration(jitter * float64(min(pace, time.Second))))
+	}
+	lane.token = token.Add(lane.interval)
+	lane.next = at.Add(g.alone())
+	lane.planned = pace
 	return at
 }
 
@@ -269,7 +304,17 @@ func (g *Gate) Pace(kind Kind) time.Duration {
 }
 
 func (g *Gate) pace(l *lane) time.Duration {
-	return max(l.interval, g.latency/time.Duration(g.slots), fastest)
+	return max(l.interval, g.alone())
+}
+
+// alone is the time between two turns without a rate limit.
+func (g *Gate) alone() time.Duration {
+	latency := g.latency
+	if latency == 0 {
+		latency = unknownLatency
+	}
+	// Slots that were halved are on their way up again.
+	return max(latency/time.Duration(min(2*g.slots, g.limit)), g.share, fastest)
 }
 
 // opens is the earliest time at which a call is thinkable; not ok where a hold
@@ -334,12 +379,72 @@ func (g *Gate) Release(now time.Time) {
 	}
 }
 
+// SetLimits changes a creator's limits while it is being called. Its buckets
+// keep what is in them, as far as it fits.
+func (g *Gate) SetLimits(now time.Time, l Limits) error {
+	if err := l.Check(); err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	common := g.lanes[Write].changed(now, l.Rate)
+	lanes := [2]*lane{common, common}
+	for kind, own := range [2]*Rate{l.Read, l.Write} {
+		if own != nil {
+			lanes[kind] = g.lanes[kind].changed(now, *own)
+		}
+	}
+	g.lanes = lanes
+	g.limit = l.Concurrency
+	g.slots, g.calm = l.Concurrency, 0
+	return nil
+}
+
+// changed is a lane with another limit and the turns and tokens of this one.
+func (l *lane) changed(now time.Time, r Rate) *lane {
+	n := newLane(r)
+	n.next, n.token, n.planned = l.next, l.token, l.planned
+	if l.limiter != nil && n.limiter != nil {
+		if missing := n.limiter.Burst() - int(max(0, l.limiter.TokensAt(now))); missing > 0 {
+			n.limiter.AllowN(now, missing)
+		}
+	}
+	return n
+}
+
+// Concurrency takes what an answer says about calls at once, before End: how many the
+// API takes and has of this creator, 0 where it does not say, and whether
+// it refused this one because there were too many. Slots are halved then, once
+// for all that were under way, and come back one by one as calls succeed.
+func (p Permit) Concurrency(now time.Time, limit, active int, refused bool) {
+	g := p.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch {
+	case refused && !p.started.Before(g.crowded):
+		g.slots = max(1, g.slots/2)
+	case refused:
+	case limit > 0 && (limit < g.slots || active >= limit):
+		g.slots = min(g.slots, limit)
+	default:
+		return
+	}
+	g.crowded, g.calm = now, 0
+}
+
+// Slots is the number of calls that may be in flight at once now.
+func (g *Gate) Slots() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.slots
+}
+
 // Replan takes all turns back: whoever waits asks for a new one.
 func (g *Gate) Replan() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, l := range g.lanes {
-		l.next = time.Time{}
+		l.next, l.token = time.Time{}, time.Time{}
 	}
 }
 
@@ -348,7 +453,7 @@ func (g *Gate) Replan() {
 func (g *Gate) Neutral(now time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.inFlight > 0 || g.hold.Stands(now) || g.brk != nil || g.slow {
+	if g.inFlight > 0 || g.hold.Stands(now) || g.brk != nil || g.slow || g.slots < g.limit && now.Sub(g.crowded) < crowdedFor {
 		return false
 	}
 	for _, l := range g.lanes {
@@ -382,9 +487,18 @@ func (p Permit) End(now time.Time, o Outcome) Change {
 		g.gates.slow.Add(-1)
 	}
 	took := now.Sub(p.started)
+	if g.latency == 0 {
+		g.latency = took
+	}
 	g.latency += (took - g.latency) / 4
 	g.started = now // what is still in flight began before, and is measured from here
 	g.markSlow(took > slowCall)
+
+	if o == Success && g.slots < g.limit && !p.started.Before(g.crowded) {
+		if g.calm++; g.calm >= g.slots {
+			g.slots, g.calm = g.slots+1, 0
+		}
+	}
 
 	var c Change
 	g.gates.probed(&g.gates.account, p.account, o)

@@ -365,7 +365,7 @@ func TestTurnsAreDistinct(t *testing.T) {
 		until := time.Now().Add(time.Minute)
 		g.Hold(Hold{Until: until})
 		for i := range 100 {
-			turn := g.Turn(time.Now(), Read, 0)
+			turn := g.Turn(time.Now(), Read, 0, 0)
 			if want := until.Add(time.Duration(i) * 100 * time.Millisecond); !turn.Equal(want) {
 				t.Fatalf("turn %d at %v, want %v", i, turn.Sub(until), want.Sub(until))
 			}
@@ -377,11 +377,11 @@ func TestTurnsAreDistinct(t *testing.T) {
 		}
 		admit(t, g)
 		g.Replan()
-		if turn := g.Turn(time.Now(), Read, 0); time.Until(turn) > 101*time.Millisecond {
+		if turn := g.Turn(time.Now(), Read, 0, 0); time.Until(turn) > 101*time.Millisecond {
 			t.Errorf("after Replan the first turn is in %v", time.Until(turn))
 		}
 		g.Hold(Hold{})
-		if turn := g.Turn(time.Now(), Read, 0); !turn.IsZero() {
+		if turn := g.Turn(time.Now(), Read, 0, 0); !turn.IsZero() {
 			t.Errorf("a turn in %v under a hold that has no end", time.Until(turn))
 		}
 	})
@@ -395,7 +395,7 @@ func TestFaster(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		slow.End(time.Now(), Failed)
 		for range 10 {
-			g.Turn(time.Now(), Read, 0)
+			g.Turn(time.Now(), Read, 0, 0)
 		}
 		var c Change
 		for range 4 {
@@ -552,7 +552,7 @@ func TestGatesAreSafeForConcurrentUse(t *testing.T) {
 			for n := range 500 {
 				p, _, ok := g.Admit(time.Now(), Kind(n%2), n%3 == 0)
 				if !ok {
-					g.Turn(time.Now(), Read, 0.5)
+					g.Turn(time.Now(), Read, 0, 0.5)
 					continue
 				}
 				p.End(time.Now(), Outcome(n%3))

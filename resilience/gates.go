@@ -5,8 +5,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/time/rate"
 )
 
 const (
@@ -25,6 +23,13 @@ const (
 	// an account's or a provider's trouble is over.
 	probeWait = 500 * time.Millisecond
 
+	// crowdedFor is for how long it is remembered that an idle creator had too
+	// many calls in flight.
+	crowdedFor = 10 * time.Minute
+
+	// unknownLatency is taken for that of calls before the first has ended.
+	unknownLatency = 100 * time.Millisecond
+
 	// fastest is the least time between two turns.
 	fastest = 50 * time.Microsecond
 
@@ -39,7 +44,7 @@ type Gates struct {
 	account  shared
 	provider shared
 	outage   outage
-	budget   *rate.Limiter
+	budget   *purse // nil: no limit of the account
 
 	epoch    atomic.Int64 // grows whenever everybody may go on
 	begun    atomic.Int64 // calls ever
@@ -53,7 +58,11 @@ func NewGates(cfg Config) (*Gates, error) {
 	if err := cfg.check(); err != nil {
 		return nil, fmt.Errorf("gates: %w", err)
 	}
-	return &Gates{cfg: cfg, outage: outage{cfg: cfg.Breaker}, budget: cfg.Account.limiter()}, nil
+	g := &Gates{cfg: cfg, outage: outage{cfg: cfg.Breaker}}
+	if !cfg.Account.unlimited() {
+		g.budget = &purse{}
+	}
+	return g, nil
 }
 
 // HoldAccount holds every creator, because of what the API said of the API key.

@@ -1,8 +1,8 @@
 // Package resilience decides whether a creator may be called now.
 //
 // Each creator has a [Gate]. A gate asks, in this order: is there a hold, is a
-// circuit breaker open, does the rate limit allow it, does the account's budget,
-// is a slot free. It answers with a [Permit], or with a [Refusal] that says
+// circuit breaker open, does the rate limit allow it, is a slot free, does the
+// account's budget allow it. It answers with a [Permit], or with a [Refusal] that says
 // why not and when to come again, so that "why is this waiting?" always has
 // one answer. What gates share (holds of the account and of the provider, the
 // provider's breaker, the account's limit, the worker's calls in flight) lives
@@ -16,6 +16,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -25,6 +27,23 @@ import (
 type Rate struct {
 	PerSecond float64 // 0: no limit
 	Burst     int     // at least 1 where there is a limit
+}
+
+var ratePer = map[string]time.Duration{"s": time.Second, "m": time.Minute, "h": time.Hour, "d": 24 * time.Hour}
+
+// ParseRate reads a rate as people write it: 60/m, 10/s, 600/h, 5000/d, or
+// inf for no limit, which is +Inf calls a second.
+func ParseRate(s string) (calls float64, per time.Duration, err error) {
+	if s == "inf" || s == "unlimited" {
+		return math.Inf(1), time.Second, nil
+	}
+	n, unit, ok := strings.Cut(s, "/")
+	calls, err = strconv.ParseFloat(n, 64)
+	per = ratePer[unit]
+	if !ok || err != nil || per == 0 || calls <= 0 || math.IsInf(calls, 0) || math.IsNaN(calls) {
+		return 0, 0, fmt.Errorf("a rate is calls per s, m, h or d, such as 60/m, or inf; not %q", s)
+	}
+	return calls, per, nil
 }
 
 func (r Rate) unlimited() bool { return r.PerSecond <= 0 }
@@ -43,8 +62,11 @@ func (r Rate) limiter() *rate.Limiter {
 	if r.unlimited() {
 		return nil
 	}
-	return rate.NewLimiter(rate.Limit(r.PerSecond), r.Burst)
+	return rate.NewLimiter(rate.Limit(r.PerSecond), r.bucket())
 }
+
+// bucket is the burst less what may arrive late, see transit.
+func (r Rate) bucket() int { return r.Burst - int(r.PerSecond*r.slack().Seconds()) }
 
 // interval is the time between two calls at this rate, 0 without a limit.
 func (r Rate) interval() time.Duration {
@@ -64,7 +86,8 @@ type Limits struct {
 	Concurrency int
 }
 
-func (l Limits) check() error {
+// Check says what is wrong with l.
+func (l Limits) Check() error {
 	errs := []error{l.Rate.check("creator limit")}
 	if l.Read != nil {
 		errs = append(errs, l.Read.check("creator read limit"))
@@ -88,7 +111,7 @@ type Breaker struct {
 // Config is what a worker's gates are made from.
 type Config struct {
 	Creator  Limits
-	Account  Rate // over all creators
+	Account  Rate // over all creators and workers, see Gates.Fund
 	InFlight int  // calls at once in this worker
 	Breaker  Breaker
 }
@@ -103,7 +126,7 @@ func DefaultConfig() Config {
 }
 
 func (c Config) check() error {
-	errs := []error{c.Creator.check(), c.Account.check("account limit")}
+	errs := []error{c.Creator.Check(), c.Account.check("account limit")}
 	if c.InFlight < 1 {
 		errs = append(errs, fmt.Errorf("calls in flight must be at least 1, not %d", c.InFlight))
 	}

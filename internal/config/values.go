@@ -11,6 +11,8 @@ import (
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
+
+	"github.com/headgate-io/headgate/resilience"
 )
 
 // Rate is a number of calls in a time, written 60/m, 10/s, 600/h, 5000/d, or
@@ -23,20 +25,10 @@ type Rate struct {
 // Unlimited is no limit.
 var Unlimited = Rate{Calls: math.Inf(1), Per: time.Second}
 
-var ratePer = map[string]time.Duration{"s": time.Second, "m": time.Minute, "h": time.Hour, "d": 24 * time.Hour}
-
 // ParseRate reads a rate.
 func ParseRate(s string) (Rate, error) {
-	if s == "inf" || s == "unlimited" {
-		return Unlimited, nil
-	}
-	calls, per, ok := strings.Cut(s, "/")
-	n, err := strconv.ParseFloat(calls, 64)
-	unit := ratePer[per]
-	if !ok || err != nil || unit == 0 || n <= 0 || math.IsInf(n, 0) || math.IsNaN(n) {
-		return Rate{}, fmt.Errorf("a rate is calls per s, m, h or d, such as 60/m, or inf; not %q", s)
-	}
-	return Rate{n, unit}, nil
+	calls, per, err := resilience.ParseRate(s)
+	return Rate{calls, per}, err
 }
 
 // PerSecond is 0 without a limit.
@@ -51,12 +43,11 @@ func (r Rate) String() string {
 	if r.PerSecond() == 0 {
 		return "inf"
 	}
-	for unit, per := range ratePer {
-		if per == r.Per {
-			return strconv.FormatFloat(r.Calls, 'g', -1, 64) + "/" + unit
-		}
+	unit := map[time.Duration]string{time.Second: "s", time.Minute: "m", time.Hour: "h", 24 * time.Hour: "d"}[r.Per]
+	if unit == "" {
+		return strconv.FormatFloat(r.PerSecond(), 'g', -1, 64) + "/s"
 	}
-	return strconv.FormatFloat(r.PerSecond(), 'g', -1, 64) + "/s"
+	return strconv.FormatFloat(r.Calls, 'g', -1, 64) + "/" + unit
 }
 
 // MarshalText is String.

@@ -2,10 +2,13 @@
 package natsservertest
 
 import (
+	"runtime"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats-server/v2/server/ats"
 	"github.com/nats-io/nats.go"
 )
 
@@ -20,6 +23,26 @@ func Connect(t testing.TB) *nats.Conn {
 	}
 	t.Cleanup(nc.Close)
 	return nc
+}
+
+// Simulate runs a test in a bubble of simulated time, in which hours pass in
+// milliseconds while everybody waits. A broker that Connect starts works in
+// it; what needs a network does not. The broker's clock for the age of messages
+// stands still meanwhile, so that none gets too old.
+func Simulate(t *testing.T, test func(*testing.T)) {
+	t.Helper()
+	ats.Register() // the broker's clock must not belong to the bubble
+	defer ats.Unregister()
+	// Buffers that the broker pools must not travel between bubbles.
+	runtime.GC()
+	runtime.GC()
+	now := time.Now()
+	synctest.Test(t, func(t *testing.T) {
+		// Bubbles begin in the year 2000, when by the broker's clock everything
+		// is too old.
+		time.Sleep(time.Until(now))
+		test(t)
+	})
 }
 
 // URL starts a broker that listens on loopback, for programs that connect by
