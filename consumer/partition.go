@@ -17,10 +17,13 @@ const (
 	// worker instead of going back to the server.
 	nearTurn = 2 * time.Second
 
-	// nearest bounds the messages of one creator that wait in the worker. Those
-	// of all creators are bounded by nearShare times its calls in flight.
-	nearest   = 256
-	nearShare = 4
+	// nearest bounds the messages of one creator that wait in the worker, and
+	// nearestFast those of one that is called so fast that it needs more for
+	// a second. Those of all creators are bounded by nearShare times its
+	// calls in flight.
+	nearest     = 256
+	nearestFast = 2048
+	nearShare   = 4
 
 	// longestPark is for how long a message is set aside at once; then it is
 	// asked again whether it still has to wait.
@@ -29,8 +32,10 @@ const (
 	// roundAbove is the distance from which messages are sent back in groups,
 	// on whole seconds unless a creator is fast: the server looks at all that
 	// wait each time that one is due. They come back up to a second early
-	// and wait for their turn in the worker.
+	// and wait for their turn in the worker. Where there are many, it is done
+	// with the closer ones, too.
 	roundAbove = 10 * time.Second
+	many       = 1000
 
 	// sweepEvery is how often gates that remember nothing are forgotten.
 	sweepEvery = time.Minute
@@ -61,6 +66,7 @@ type creator struct {
 	parked  map[uint64]*parked
 	timer   *time.Timer // for waiting
 	queued  bool        // in one of the worker's queues, guarded by its lock
+	plans   int         // how often all turns were given anew
 }
 
 // receive looks at a message, or, given nil, just asks for more.
@@ -192,7 +198,8 @@ func (p *partition) wait(c *creator, d *delivery, now time.Time) {
 	// The rest of its backlog lets others pass.
 	few := len(c.waiting) < c.gate.Slots()
 	starved := few && d.why.Reason.Shared()
-	room := few || len(c.waiting) < nearest && p.w.near.Load() < int64(nearShare*p.w.cfg.Gates.InFlight)
+	room := few || p.w.near.Load() < int64(nearShare*p.w.cfg.Gates.InFlight) &&
+		(len(c.waiting) < nearest || len(c.waiting) < mayWait(c.gate.Pace(d.op.Kind)))
 	// Who comes back for its turn does not queue up for another one, unless
 	// what it waited for has become far away.
 	if !starved && (!d.waited || far(d.why, now) || !room) {
@@ -208,6 +215,11 @@ func (p *partition) wait(c *creator, d *delivery, now time.Time) {
 	}
 	p.w.near.Add(1)
 	c.waiting = append(c.waiting, d)
+}
+
+// mayWait is how many messages of a creator with such a pace may wait in the worker.
+func mayWait(pace time.Duration) int {
+	return int(min(max(time.Second/pace, nearest), nearestFast))
 }
 
 // far reports whether what keeps a message is not over soon.
@@ -321,11 +333,15 @@ func (p *partition) park(c *creator, d *delivery, turn time.Time, own bool) {
 // delay is for how long a message is set aside for a turn.
 func (p *partition) delay(c *creator, kind resilience.Kind, turn, now time.Time) time.Duration {
 	delay := min(turn.Sub(now), longestPark)
-	if delay <= roundAbove {
+	if delay <= roundAbove && len(c.parked) < many {
 		return delay
 	}
 	// As many as may wait here come back at once, and not more.
-	group := min(c.gate.Pace(kind)*nearest/2, time.Second)
+	pace := c.gate.Pace(kind)
+	group := min(pace*time.Duration(mayWait(pace))/2, time.Second)
+	if delay <= group {
+		return delay
+	}
 	return now.Add(delay).Truncate(group).Sub(now)
 }
 
@@ -365,10 +381,36 @@ func (p *partition) replan(c *creator) {
 		return
 	}
 	c.gate.Replan()
+	c.plans++
+	plan := c.plans
+	seqs := slices.Sorted(maps.Keys(c.parked))
+	seqs = p.replanSome(c, seqs)
+	if len(seqs) == 0 {
+		return
+	}
+	// The first ones go on at once, however many there are.
+	p.w.calls.Add(1)
+	go func() {
+		defer p.w.calls.Done()
+		for len(seqs) > 0 {
+			p.mu.Lock()
+			if !p.active || c.plans != plan {
+				p.mu.Unlock()
+				return
+			}
+			seqs = p.replanSome(c, seqs)
+			p.mu.Unlock()
+		}
+	}()
+}
+
+// replanSome gives the first of seqs their new turns and returns the rest.
+func (p *partition) replanSome(c *creator, seqs []uint64) (rest []uint64) {
+	some := seqs[:min(len(seqs), 2*nearest)]
 	now := time.Now()
-	for _, seq := range slices.Sorted(maps.Keys(c.parked)) {
+	for _, seq := range some {
 		k := c.parked[seq]
-		if k.own {
+		if k == nil || k.own {
 			continue
 		}
 		k.turn = c.gate.Turn(now, k.kind, 0, 0)
@@ -379,6 +421,7 @@ func (p *partition) replan(c *creator) {
 		p.w.reply(k.reply, nakAfter(p.delay(c, k.kind, until, now)))
 	}
 	p.pumpLocked(c)
+	return seqs[len(some):]
 }
 
 // hold takes a hold for a creator that may or may not be known here yet.

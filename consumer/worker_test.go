@@ -262,8 +262,8 @@ func TestNothingIsCalledInsideAWindow(t *testing.T) {
 				return ok()
 			}
 			opened++
-			// From a second to about twenty minutes.
-			d := time.Second + time.Duration(n*n)*53*time.Millisecond
+			// From a second to about five minutes.
+			d := time.Second + time.Duration(n*n)*13*time.Millisecond
 			var a classify.Answer
 			a, until[req.Creator] = forms[(n/3+len(req.Creator))%len(forms)](now, d)
 			return a
@@ -603,5 +603,36 @@ func TestRelease(t *testing.T) {
 	}
 	if len(calls) != waiting {
 		t.Errorf("%d calls for %d requests", len(calls), waiting)
+	}
+}
+
+// A backlog of somebody who is held does not keep those behind it in the same
+// partition waiting, and none of it is lost.
+func TestBacklogOfAHeldCreator(t *testing.T) {
+	const backlog, others = 20_000, 500
+	r := newRig(t, func(c *Config) { c.Topology.Partitions = 1 })
+	kv := r.bucket("HOLDS")
+	if _, err := kv.PutString(t.Context(), "creator.held", "24h"); err != nil {
+		t.Fatal(err)
+	}
+	r.publish("held", backlog)
+	for n := range 10 {
+		r.publish(fmt.Sprintf("other-%d", n), others/10)
+	}
+	began := time.Now()
+	_, stop := r.work()
+	r.await(time.Minute, "RESULTS", "results.>", others)
+	t.Logf("%d requests behind %d are done after %v", others, backlog, time.Since(began).Round(time.Millisecond))
+	if n := r.count("RESULTS", "results.held.>"); n != 0 || len(r.called("held")) != 0 {
+		t.Errorf("%d results of the held creator", n)
+	}
+	if err := kv.Delete(t.Context(), "creator.held"); err != nil {
+		t.Fatal(err)
+	}
+	r.await(3*time.Minute, "RESULTS", "results.held.>", backlog)
+	stop()
+	r.once("held", backlog)
+	if n := len(r.called("held")); n != backlog {
+		t.Errorf("%d calls for %d requests", n, backlog)
 	}
 }

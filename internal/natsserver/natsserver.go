@@ -29,6 +29,9 @@ type Config struct {
 	// Without it a process crash loses nothing, and a power cut up to two
 	// minutes.
 	SyncAlways bool
+	// Monitor serves the server's figures (/varz, /jsz) on a free port of
+	// loopback.
+	Monitor bool
 }
 
 const (
@@ -86,11 +89,15 @@ func start(cfg Config, lock *flock.Flock) (*Server, error) {
 	if port, err = freePort(host, port); err != nil {
 		return nil, err
 	}
-	srv, err := server.NewServer(&server.Options{
+	opts := &server.Options{
 		ServerName: "headgate", Host: host, Port: port,
 		JetStream: true, StoreDir: cfg.Dir, SyncAlways: cfg.SyncAlways,
 		NoSigs: true, NoLog: true, DisableJetStreamBanner: true,
-	})
+	}
+	if cfg.Monitor {
+		opts.HTTPHost, opts.HTTPPort = "127.0.0.1", server.RANDOM_PORT
+	}
+	srv, err := server.NewServer(opts)
 	if err != nil {
 		return nil, fmt.Errorf("embedded server: %w", err)
 	}
@@ -144,6 +151,14 @@ func find(dir string) (*Server, error) {
 
 // URL is where the server accepts connections.
 func (s *Server) URL() string { return s.url }
+
+// MonitorURL is where its figures are, "" unless it is ours and has them.
+func (s *Server) MonitorURL() string {
+	if s.srv == nil || s.srv.MonitorAddr() == nil {
+		return ""
+	}
+	return "http://" + s.srv.MonitorAddr().String()
+}
 
 // Ours reports whether this process runs the server.
 func (s *Server) Ours() bool { return s.srv != nil }

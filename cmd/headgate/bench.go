@@ -1,0 +1,119 @@
+package main
+
+import (
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headgate-io/headgate/internal/bench"
+)
+
+func benchCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "bench",
+		Short: "Measure on this machine what Headgate promises",
+		Long: `Measure on this machine what Headgate promises. Each benchmark brings its own NATS
+server (in a process of its own), its own API, and prints a table and one line
+of JSON.`,
+		Args: cobra.NoArgs,
+	}
+	cmd.AddCommand(benchIsolationCommand(), benchLimitsCommand(), benchMemoryCommand(), benchServerCommand())
+	return cmd
+}
+
+// newBench writes to a command's streams.
+func newBench(cmd *cobra.Command) (*bench.Bench, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	return &bench.Bench{
+		ServerCommand: []string{self, "bench", "server"},
+		Out:           cmd.OutOrStdout(), Progress: cmd.ErrOrStderr(),
+	}, nil
+}
+
+func benchServerCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "server folder",
+		Short:  "Run a benchmark's NATS server until standard input ends",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return bench.ServeNATS(args[0], cmd.InOrStdin(), cmd.OutOrStdout())
+		},
+	}
+}
+
+func benchIsolationCommand() *cobra.Command {
+	o := bench.DefaultIsolation()
+	cmd := &cobra.Command{
+		Use:   "isolation",
+		Short: "What creators in trouble cost the others",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			b, err := newBench(cmd)
+			if err != nil {
+				return err
+			}
+			return b.Isolation(cmd.Context(), o)
+		},
+	}
+	flags := cmd.Flags()
+	flags.IntVar(&o.Runs, "runs", o.Runs, "pairs of runs, with and without trouble; the median counts")
+	flags.IntVar(&o.Creators, "creators", o.Creators, "healthy creators")
+	flags.IntVar(&o.Requests, "requests", o.Requests, "requests of the healthy creators, together")
+	flags.IntVar(&o.Trouble, "trouble", o.Trouble, "requests of the creators in trouble, together")
+	flags.DurationVar(&o.Latency, "latency", o.Latency, "of the API")
+	flags.DurationVar(&o.Timeout, "timeout", o.Timeout, "of a call")
+	flags.IntVar(&o.Hanging, "hanging", o.Hanging, "creators that hang in the last scenario, beside the healthy ones")
+	return cmd
+}
+
+func benchLimitsCommand() *cobra.Command {
+	o := bench.DefaultLimits()
+	cmd := &cobra.Command{
+		Use:   "limits",
+		Short: "How exactly limits are kept, and how much of them is used",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			b, err := newBench(cmd)
+			if err != nil {
+				return err
+			}
+			return b.Limits(cmd.Context(), o)
+		},
+	}
+	flags := cmd.Flags()
+	flags.IntVar(&o.Requests, "requests", o.Requests, "requests of the one creator")
+	flags.Float64Var(&o.Creator, "rate", o.Creator, "its calls a second")
+	flags.IntVar(&o.Burst, "burst", o.Burst, "its calls at once")
+	flags.IntVar(&o.Creators, "creators", o.Creators, "creators that share the account's limit")
+	flags.Float64Var(&o.Account, "account-rate", o.Account, "their calls a second, together")
+	flags.IntVar(&o.AccBurst, "account-burst", o.AccBurst, "their calls at once")
+	flags.Float64Var(&o.Seconds, "account-seconds", o.Seconds, "seconds of work for the account")
+	flags.DurationVar(&o.Latency, "latency", o.Latency, "of the API")
+	return cmd
+}
+
+func benchMemoryCommand() *cobra.Command {
+	o := bench.DefaultMemory()
+	cmd := &cobra.Command{
+		Use:   "memory",
+		Short: "What active creators and waiting requests cost",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			b, err := newBench(cmd)
+			if err != nil {
+				return err
+			}
+			return b.Memory(cmd.Context(), o)
+		},
+	}
+	flags := cmd.Flags()
+	flags.IntVar(&o.Creators, "creators", o.Creators, "active creators")
+	flags.IntVar(&o.Backlog, "backlog", o.Backlog, "requests of a held creator")
+	flags.IntVar(&o.Others, "others", o.Others, "requests of others, behind them in the same partition")
+	flags.IntVar(&o.Idle, "idle", o.Idle, "`seconds` for which the server is watched while they wait")
+	return cmd
+}
