@@ -202,7 +202,7 @@ func (s *stand) publish(creators []string, each func(creator string) int) error 
 	return nil
 }
 
-// server's own figures.
+// varz are the server's own figures.
 type varz struct {
 	Mem int64   `json:"mem"` // bytes
 	CPU float64 `json:"cpu"` // percent of a core
@@ -219,22 +219,6 @@ func (s *stand) varz(ctx context.Context) (v varz, err error) {
 	}
 	defer resp.Body.Close()
 	return v, json.NewDecoder(resp.Body).Decode(&v)
-}
-
-// count is the number of messages of a stream on subjects that match.
-func (s *stand) count(ctx context.Context, stream, subjects string) (n uint64, err error) {
-	st, err := s.js.Stream(ctx, stream)
-	if err != nil {
-		return 0, err
-	}
-	info, err := st.Info(ctx, jetstream.WithSubjectFilter(subjects))
-	if err != nil {
-		return 0, err
-	}
-	for _, m := range info.State.Subjects {
-		n += m
-	}
-	return n, nil
 }
 
 // await waits until done, and no longer than limit.
