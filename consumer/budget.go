@@ -118,7 +118,7 @@ func (w *Worker) fund(ctx context.Context) {
 	trouble := resilience.Backoff{Base: 100 * time.Millisecond, Max: 5 * time.Second}
 	failed := 0
 	for {
-		n := min(line.wanted(), w.cfg.Gates.Account.Burst)
+		n := min(line.wanted(), max(1, w.cfg.Gates.Account.Burst/w.members.count()))
 		if n == 0 {
 			select {
 			case <-ctx.Done():

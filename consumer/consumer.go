@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -80,6 +81,7 @@ type Worker struct {
 	gates     *resilience.Gates
 	holds     *holds
 	limits    *limits
+	members   *members
 	budget    *budget
 	ledger    *ledger
 	requests  string    // names of streams
@@ -137,6 +139,7 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	}
 	w.holds = &holds{kv: buckets[publisher.Holds], log: cfg.Log, creators: make(map[string]resilience.Hold)}
 	w.limits = &limits{kv: buckets[publisher.Limits], log: cfg.Log, usual: cfg.Gates.Creator, creators: make(map[string]resilience.Limits)}
+	w.members = newMembers(buckets[publisher.Owners], cfg.Name, cfg.Log)
 	w.budget = &budget{kv: buckets[publisher.Budgets], rate: cfg.Gates.Account, log: cfg.Log, wanted: make(chan struct{}, 1)}
 	w.lines = [...]line{
 		{reason: resilience.ReasonWorker, full: gates.Full},
@@ -151,7 +154,7 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	window := min(max(cfg.Gates.InFlight/cfg.Topology.Partitions, 8), 256)
 	for n := range cfg.Topology.Partitions {
 		p := &partition{w: w, number: n, here: make(map[uint64]*delivery)}
-		p.lease = lease{kv: buckets[publisher.Owners], key: fmt.Sprintf("partition.%d", n)}
+		p.lease = lease{kv: buckets[publisher.Owners], key: memberPartition + strconv.Itoa(n)}
 		p.puller = puller{
 			nc: nc, window: window, receive: p.receive,
 			next: fmt.Sprintf("%sCONSUMER.MSG.NEXT.%s.%s", api, w.requests, publisher.ConsumerName(n)),
@@ -204,6 +207,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	}{
 		{w.holds.kv, func(e jetstream.KeyValueEntry) { w.holds.apply(w, e) }},
 		{w.limits.kv, func(e jetstream.KeyValueEntry) { w.limits.apply(w, e) }},
+		{w.members.kv, w.members.apply},
 	} {
 		ready := make(chan struct{})
 		keepers.Go(func() error {
@@ -211,16 +215,17 @@ func (w *Worker) Run(ctx context.Context) error {
 			return nil
 		})
 		select {
-		case <-ready: // before its first call a worker knows every hold and limit
+		case <-ready: // before its first call a worker knows every hold, limit and owner
 		case <-ctx.Done():
 		}
 	}
 	keepers.Go(func() error { w.fund(keepCtx); return nil })
-	keepers.Go(func() error { w.keepLeases(keepCtx, ctx.Done()); return nil })
+	keepers.Go(func() error { w.own(keepCtx, ctx.Done()); return nil })
 	keepers.Go(func() error { w.tick(keepCtx); return nil })
 	<-ctx.Done()
 
 	w.log.Info().Int("in_flight", w.gates.InFlight()).Dur("grace_ms", w.cfg.Grace).Msg("stopping: no more messages are taken")
+	w.members.leave(keepCtx, w.cfg.StoreTimeout) // the others know at once whose partitions come free
 	for _, p := range w.partitions {
 		p.leave()
 	}
@@ -304,72 +309,6 @@ func watch(ctx context.Context, kv jetstream.KeyValue, apply func(jetstream.KeyV
 				apply(entry)
 			}
 		}
-	}
-}
-
-// keepLeases claims partitions until stop, and renews them until ctx ends.
-func (w *Worker) keepLeases(ctx context.Context, stop <-chan struct{}) {
-	t := time.NewTicker(leaseTTL / 3)
-	defer t.Stop()
-	for {
-		select {
-		case <-stop:
-			w.renew(ctx, false)
-		default:
-			w.renew(ctx, true)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
-	}
-}
-
-func (w *Worker) renew(ctx context.Context, claim bool) {
-	var g errgroup.Group
-	g.SetLimit(8)
-	for _, p := range w.partitions {
-		g.Go(func() error {
-			w.renewOne(ctx, p, claim)
-			return nil
-		})
-	}
-	_ = g.Wait()
-}
-
-func (w *Worker) renewOne(ctx context.Context, p *partition, claim bool) {
-	ctx, cancel := context.WithTimeout(ctx, leaseTTL/3)
-	defer cancel()
-	had := p.lease.revision != 0
-	if !had && !claim {
-		return
-	}
-	var before *storedMessage
-	if !had {
-		var err error
-		owners := w.cfg.Topology.Namespace.Stream(publisher.Owners)
-		if before, err = w.ledger.last(ctx, "KV_"+owners, "$KV."+owners+"."+p.lease.key); err != nil {
-			w.log.Warn().Err(err).Int("partition", p.number).Msg("cannot claim; trying again")
-			return
-		}
-	}
-	err := p.lease.renew(ctx, w.cfg.Name)
-	switch {
-	case err == nil && !had:
-		if err := p.enter(before != nil); err != nil {
-			w.log.Error().Err(err).Int("partition", p.number).Msg("cannot take messages; trying again")
-			p.leave()
-			_ = p.lease.release(ctx)
-			return
-		}
-		w.log.Debug().Int("partition", p.number).Msg("owned")
-	case errors.Is(err, errTaken) && had:
-		w.log.Error().Int("partition", p.number).Msg("lost to another worker; its messages are left to it")
-		p.leave()
-	case errors.Is(err, errTaken):
-	case err != nil && ctx.Err() == nil:
-		w.log.Warn().Err(err).Int("partition", p.number).Msg("not renewed; no call is started once the lease is over")
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,10 +26,21 @@ const (
 // worker's own clock, counted from before its last confirmed renewal was sent:
 // whoever cannot renew stops calling before anybody else can claim.
 type lease struct {
-	kv       jetstream.KeyValue
-	key      string
-	revision uint64 // 0: not held
-	until    atomic.Pointer[time.Time]
+	kv    jetstream.KeyValue
+	key   string
+	until atomic.Pointer[time.Time]
+
+	mu       sync.Mutex // one at a time renews or releases
+	revision uint64     // 0: not held
+	value    []byte     // as stored
+}
+
+// held reports whether the lease was claimed and has not been given up, even if
+// it may have run out.
+func (l *lease) held() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.revision != 0
 }
 
 // holds reports whether a call may be started now. Both clocks have to agree:
@@ -39,18 +51,37 @@ func (l *lease) holds(now time.Time) bool {
 	return until != nil && now.Before(*until) && now.Round(0).Before(until.Round(0))
 }
 
-// renew claims the lease, or makes it longer. errTaken: another worker has it.
-func (l *lease) renew(ctx context.Context, worker string) error {
-	value, err := json.Marshal(map[string]any{"worker": worker})
-	if err != nil {
-		return err
+// storedLease is a lease in OWNERS.
+type storedLease struct {
+	Worker string    `json:"worker"`
+	Since  time.Time `json:"since"`
+}
+
+// claim takes a lease that nobody has. errTaken: somebody does.
+func (l *lease) claim(ctx context.Context, worker string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.value, _ = json.Marshal(storedLease{worker, time.Now().UTC().Truncate(time.Millisecond)})
+	return l.put(ctx)
+}
+
+// renew makes a lease longer that this worker has. errTaken: not any more.
+func (l *lease) renew(ctx context.Context) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.revision == 0 {
+		return nil // released in between
 	}
+	return l.put(ctx)
+}
+
+func (l *lease) put(ctx context.Context) (err error) {
 	sent := time.Now()
 	if l.revision == 0 {
-		l.revision, err = l.kv.Create(ctx, l.key, value)
+		l.revision, err = l.kv.Create(ctx, l.key, l.value)
 	} else {
 		var revision uint64
-		if revision, err = l.kv.Update(ctx, l.key, value, l.revision); err == nil {
+		if revision, err = l.kv.Update(ctx, l.key, l.value, l.revision); err == nil {
 			l.revision = revision
 		}
 	}
@@ -62,16 +93,16 @@ func (l *lease) renew(ctx context.Context, worker string) error {
 		return nil
 	case errors.Is(err, jetstream.ErrKeyExists),
 		errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence:
-		return l.adopt(ctx, value)
+		return l.adopt(ctx)
 	}
 	return fmt.Errorf("renew %s: %w", l.key, err)
 }
 
 // adopt takes up a claim of this worker's whose confirmation got lost, to be
 // confirmed by the next renewal; any other one ends the lease.
-func (l *lease) adopt(ctx context.Context, value []byte) error {
+func (l *lease) adopt(ctx context.Context) error {
 	entry, err := l.kv.Get(ctx, l.key)
-	if err == nil && bytes.Equal(entry.Value(), value) {
+	if err == nil && bytes.Equal(entry.Value(), l.value) {
 		l.revision = entry.Revision()
 		return fmt.Errorf("renew %s: a renewal was not confirmed", l.key)
 	}
@@ -88,6 +119,8 @@ func (l *lease) lost() {
 
 // release lets another worker claim at once.
 func (l *lease) release(ctx context.Context) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	revision := l.revision
 	if revision == 0 {
 		return nil

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -49,6 +50,9 @@ type partition struct {
 	number int
 	lease  lease
 	puller puller
+
+	calls  sync.WaitGroup // of this partition, in flight
+	flying atomic.Int64   // how many these are
 
 	mu         sync.Mutex
 	active     bool      // takes messages
@@ -128,14 +132,26 @@ func (p *partition) receive(m *nats.Msg) {
 // lock. Until then d counts as busy.
 func (p *partition) decideLater(d *delivery, f func()) {
 	p.busy++
-	p.w.calls.Add(1)
-	go func() {
-		defer p.w.calls.Done()
+	p.goes(func() {
 		f()
 		p.mu.Lock()
 		p.busy--
 		p.mu.Unlock()
 		p.pull()
+	})
+}
+
+// goes runs f in a goroutine that the worker, or whoever hands the partition
+// over, waits for.
+func (p *partition) goes(f func()) {
+	p.w.calls.Add(1)
+	p.calls.Add(1)
+	p.flying.Add(1)
+	go func() {
+		defer p.w.calls.Done()
+		defer p.calls.Done()
+		defer p.flying.Add(-1)
+		f()
 	}()
 }
 
@@ -306,16 +322,17 @@ func (p *partition) arm(c *creator, no resilience.Refusal, now time.Time) {
 
 // start makes the call, in a goroutine that ends with finish.
 func (p *partition) start(c *creator, d *delivery, permit resilience.Permit) {
-	p.w.calls.Add(1)
-	go func() {
-		defer p.w.calls.Done()
-		p.w.work(p, c, d, permit)
-	}()
+	p.goes(func() { p.w.work(p, c, d, permit) })
 }
 
 // park sends d back until its turn; zero: until c is released.
 func (p *partition) park(c *creator, d *delivery, turn time.Time, own bool) {
 	now := time.Now()
+	if !p.lease.holds(now) {
+		// Its owner is another worker by now, which may be calling it.
+		delete(p.here, d.seq)
+		return
+	}
 	until := turn
 	if until.IsZero() || until.After(d.expires) {
 		until = d.expires // then it is a dead letter
@@ -389,9 +406,7 @@ func (p *partition) replan(c *creator) {
 		return
 	}
 	// The first ones go on at once, however many there are.
-	p.w.calls.Add(1)
-	go func() {
-		defer p.w.calls.Done()
+	p.goes(func() {
 		for len(seqs) > 0 {
 			p.mu.Lock()
 			if !p.active || c.plans != plan {
@@ -401,7 +416,7 @@ func (p *partition) replan(c *creator) {
 			seqs = p.replanSome(c, seqs)
 			p.mu.Unlock()
 		}
-	}()
+	})
 }
 
 // replanSome gives the first of seqs their new turns and returns the rest.
@@ -530,11 +545,15 @@ func (p *partition) enter(hadOwner bool) error {
 }
 
 // leave stops taking messages and gives back those that have not been called.
-// What was parked is dropped with the lease: the next owner has its own.
-func (p *partition) leave() {
+// What was parked is dropped with the lease: the next owner has its own. It
+// reports whether there was anything to leave.
+func (p *partition) leave() bool {
 	p.puller.stop()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if !p.active {
+		return false
+	}
 	p.active = false
 	for _, c := range p.creators {
 		if c.timer != nil {
@@ -548,4 +567,5 @@ func (p *partition) leave() {
 		c.parked = nil
 	}
 	p.creators = nil
+	return true
 }

@@ -13,6 +13,7 @@ import (
 const (
 	pullExpires   = 30 * time.Second
 	pullHeartbeat = 5 * time.Second
+	troubleEvery  = 10 * time.Second
 )
 
 // puller asks a partition's consumer for as many messages as can be looked at
@@ -34,6 +35,8 @@ type puller struct {
 	sub   *nats.Subscription // nil: stopped
 	asked int                // asked for and not arrived
 	heard time.Time
+
+	told time.Time // when there was trouble last that somebody was told of
 }
 
 // more asks for what is missing to a full window, if that is worth a request.
@@ -131,8 +134,11 @@ func (p *puller) status(m *nats.Msg) {
 	}
 	p.mu.Unlock()
 	if status != "408" && !(status == "409" && err == nil) {
-		p.trouble(fmt.Errorf("pull: %s %s", status, description))
-		return
+		if now := time.Now(); now.Sub(p.told) > troubleEvery {
+			p.told = now
+			p.trouble(fmt.Errorf("pull: %s %s", status, description))
+		}
+		return // the watchdog asks again
 	}
 	p.receive(nil)
 }

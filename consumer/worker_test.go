@@ -117,10 +117,13 @@ func (r *rig) publish(creator string, n int) {
 }
 
 // work runs a worker until stop.
-func (r *rig) work() (w *Worker, stop func()) {
+func (r *rig) work(name ...string) (w *Worker, stop func()) {
 	r.t.Helper()
 	cfg := r.cfg
 	cfg.Name = fmt.Sprintf("worker-%d", time.Now().UnixNano())
+	if len(name) > 0 {
+		cfg.Name = name[0]
+	}
 	w, err := New(r.t.Context(), r.nc, cfg)
 	if err != nil {
 		r.t.Fatal(err)

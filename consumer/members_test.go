@@ -1,0 +1,193 @@
+package consumer
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
+	"github.com/headgate-io/headgate/publisher"
+	"github.com/headgate-io/headgate/resilience"
+)
+
+func TestAssign(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		partitions := rapid.IntRange(1, 200).Draw(t, "partitions")
+		workers := rapid.SliceOfNDistinct(rapid.StringMatching(`[a-z]{1,3}-[0-9]{1,4}`), 1, 20, rapid.ID).Draw(t, "workers")
+		owners := assign(partitions, workers)
+		load := map[string]int{}
+		for n, name := range owners {
+			if !slices.Contains(workers, name) {
+				t.Fatalf("partition %d belongs to %q", n, name)
+			}
+			load[name]++
+		}
+		for _, name := range workers {
+			if load[name] < partitions/len(workers) || load[name] > (partitions+len(workers)-1)/len(workers) {
+				t.Fatalf("%s has %d of %d partitions, among %d workers", name, load[name], partitions, len(workers))
+			}
+		}
+		// Everybody comes to the same, whatever order they see the workers in.
+		reversed := slices.Clone(workers)
+		slices.Reverse(reversed)
+		if !slices.Equal(owners, assign(partitions, reversed)) {
+			t.Fatal("the order of the workers matters")
+		}
+	})
+	if got := assign(3, nil); !slices.Equal(got, []string{"", "", ""}) {
+		t.Errorf("without workers: %q", got)
+	}
+}
+
+// Few partitions move when a worker comes or goes.
+func TestAssignMovesLittle(t *testing.T) {
+	const partitions = 64
+	for workers := 2; workers <= 8; workers++ {
+		var names []string
+		for n := range workers + 1 {
+			names = append(names, fmt.Sprintf("host-%d-4711-abcd%d", n, n))
+		}
+		before, after := assign(partitions, names[:workers]), assign(partitions, names)
+		moved := 0
+		for n := range before {
+			if before[n] != after[n] {
+				moved++
+			}
+		}
+		if most := 3 * partitions / (workers + 1); moved > most {
+			t.Errorf("%d of %d partitions move when worker %d comes, want at most %d", moved, partitions, workers+1, most)
+		}
+	}
+}
+
+// crowd watches who calls whom, over several workers.
+type crowd struct {
+	mu     sync.Mutex
+	now    map[string]map[string]int // creator → worker → calls in flight
+	both   []string                  // creators called by two workers at once
+	calls  map[string][]time.Time
+	latest map[string]string
+}
+
+func (c *crowd) call(worker, creator string, d time.Duration) {
+	c.mu.Lock()
+	if c.now[creator] == nil {
+		c.now[creator] = map[string]int{}
+	}
+	c.now[creator][worker]++
+	if len(c.now[creator]) > 1 {
+		c.both = append(c.both, creator+": "+fmt.Sprint(slices.Collect(maps.Keys(c.now[creator]))))
+	}
+	c.calls[creator] = append(c.calls[creator], time.Now())
+	c.latest[creator] = worker
+	c.mu.Unlock()
+	time.Sleep(d)
+	c.mu.Lock()
+	if c.now[creator][worker]--; c.now[creator][worker] == 0 {
+		delete(c.now[creator], worker)
+	}
+	c.mu.Unlock()
+}
+
+// as makes the rig's API know which worker calls.
+type as struct {
+	*rig
+	worker string
+	crowd  *crowd
+}
+
+func (a as) Prepare(req *publisher.Request) (func(context.Context) classify.Answer, error) {
+	return func(context.Context) classify.Answer {
+		a.crowd.call(a.worker, req.Creator, 300*time.Millisecond)
+		return ok()
+	}, nil
+}
+
+// Workers come and go; every creator is always at exactly one of them, and its
+// limit, and the account's, are kept over all of them.
+func TestWorkersComeAndGo(t *testing.T) {
+	const creators, requests, perSecond, burst = 40, 100, 5, 10
+	natsservertest.Simulate(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) {
+			c.Topology.Partitions = 16
+			c.Gates.Creator.Rate = resilience.Rate{PerSecond: perSecond, Burst: burst}
+			c.Gates.Account = resilience.Rate{PerSecond: 220, Burst: 40}
+		})
+		cr := &crowd{now: map[string]map[string]int{}, calls: map[string][]time.Time{}, latest: map[string]string{}}
+		type running struct {
+			name string
+			stop func()
+		}
+		var workers []running
+		n := 0
+		start := func() {
+			n++
+			name := fmt.Sprintf("worker-%d", n)
+			r.cfg.API = as{r, name, cr}
+			_, stop := r.work(name)
+			workers = append(workers, running{name, stop})
+		}
+		balanced := func(within time.Duration) {
+			t.Helper()
+			for began := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+				owners, err := Owners(t.Context(), r.bucket("OWNERS"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				good := len(owners) == len(workers)
+				for _, o := range owners {
+					n := len(o.Partitions)
+					good = good && n >= 16/len(workers) && n <= (16+len(workers)-1)/len(workers)
+				}
+				if good {
+					return
+				}
+				if time.Since(began) > within {
+					t.Fatalf("not balanced over %d workers after %v: %+v", len(workers), within, owners)
+				}
+			}
+		}
+		start()
+		for n := range creators {
+			r.publish(fmt.Sprintf("creator-%d", n), requests)
+		}
+		balanced(time.Second)
+		for _, step := range []int{+1, +1, +1, -1, +1, -1, -1, +1, -1} {
+			if step > 0 {
+				start()
+			} else {
+				w := workers[0]
+				workers = workers[1:]
+				w.stop()
+			}
+			balanced(5 * time.Second)
+			time.Sleep(time.Second)
+		}
+		r.await(time.Hour, "RESULTS", "results.>", creators*requests)
+		for _, w := range workers {
+			w.stop()
+		}
+		if len(cr.both) > 0 {
+			t.Errorf("called by two workers at once: %v", cr.both)
+		}
+		var all []time.Time
+		for n := range creators {
+			name := fmt.Sprintf("creator-%d", n)
+			r.once(name, requests)
+			checkRate(t, cr.calls[name], perSecond, burst)
+			all = append(all, cr.calls[name]...)
+		}
+		slices.SortFunc(all, time.Time.Compare)
+		checkRate(t, all, 220, 40)
+		if len(all) != creators*requests {
+			t.Errorf("%d calls for %d requests", len(all), creators*requests)
+		}
+	})
+}
