@@ -155,6 +155,16 @@ func (s *session) useJetStream(ctx context.Context) error {
 	}
 }
 
+// bucket binds to one of Headgate's buckets.
+func (s *session) bucket(ctx context.Context, name string) (jetstream.KeyValue, error) {
+	name = s.topology().Namespace.Stream(name)
+	kv, err := s.js.KeyValue(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("bind to bucket %s (has `headgate setup` been run?): %w", name, err)
+	}
+	return kv, nil
+}
+
 // Close ends the connection and the embedded server, if there is one.
 func (s *session) Close() {
 	if s.nc != nil {

@@ -93,7 +93,7 @@ Try it:  headgate demo`,
 	flags.String("context", "", "nats CLI context with the server and credentials")
 	flags.String("log-level", "", "trace, debug, info, warn, error or disabled")
 	flags.String("log-format", "", "auto, json or console")
-	root.AddCommand(runCommand(), demoCommand(), setupCommand(), publishCommand(),
+	root.AddCommand(runCommand(), demoCommand(), setupCommand(), publishCommand(), workersCommand(), doctorCommand(),
 		configCommand(), classifyCommand(), benchCommand(), fakeapiCommand())
 	return root
 }

@@ -24,6 +24,8 @@ const (
 
 func TestMain(m *testing.M) {
 	switch {
+	case os.Getenv(asNode) != "":
+		runNode()
 	case os.Getenv(asProgram) != "":
 		main()
 	case os.Getenv(asServer) != "":

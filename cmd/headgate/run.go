@@ -13,12 +13,16 @@ import (
 )
 
 func runCommand() *cobra.Command {
-	return &cobra.Command{
+	var ensure bool
+	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run a worker until it is told to stop (SIGTERM, Ctrl-C)",
 		Long: `Run a worker. It connects to the server named by --server, --context, $NATS_URL
 or the configuration; when none is named it starts one of its own, with its
 files in data_dir, so that the nats CLI can look inside.
+
+It works on the streams, consumers and buckets that 'headgate setup' has made; with
+--ensure, or with a server of its own, it makes them itself.
 
 On SIGTERM it stops taking messages, lets calls in flight finish within
 shutdown_grace, gives back what has not been called, and exits 0.`,
@@ -32,14 +36,21 @@ shutdown_grace, gives back what has not been called, and exits 0.`,
 			if s.cfg.Provider.BaseURL == "" {
 				return exitError{exitConfig, errors.New("provider.base_url is not set: a worker needs an API to call; name a configuration with -c")}
 			}
-			return runWorker(cmd.Context(), s)
+			return runWorker(cmd.Context(), s, ensure || s.server != nil)
 		},
 	}
+	cmd.Flags().BoolVar(&ensure, "ensure", false, "create or update streams, consumers and buckets first (default with an embedded server)")
+	return cmd
 }
 
-// runWorker ensures the topology and works until ctx ends.
-func runWorker(ctx context.Context, s *session) error {
-	if _, err := s.topology().Ensure(ctx, s.js); err != nil {
+// runWorker works until ctx ends. Only one that is told to changes the
+// topology, so that two versions never change it to and fro.
+func runWorker(ctx context.Context, s *session, ensure bool) error {
+	if ensure {
+		if _, err := s.topology().Ensure(ctx, s.js); err != nil {
+			return err
+		}
+	} else if err := verify(ctx, s); err != nil {
 		return err
 	}
 	w, closeAPI, err := newWorker(ctx, s)
@@ -50,6 +61,21 @@ func runWorker(ctx context.Context, s *session) error {
 	s.log.Info().Str("server", s.nc.ConnectedUrlRedacted()).Str("provider", s.cfg.Provider.Name).
 		Int("partitions", s.cfg.Partitions).Msg("working")
 	return w.Run(ctx)
+}
+
+// verify refuses to work on what is not there, or on other partitions.
+func verify(ctx context.Context, s *session) error {
+	changes, err := s.topology().Plan(ctx, s.js)
+	if err != nil {
+		return err
+	}
+	for _, c := range changes {
+		if c.Action != "update" {
+			return fmt.Errorf("%s %s is not as configured (%s); run `headgate setup` with this configuration, or start with --ensure", c.Kind, c.Name, c.Action)
+		}
+		s.log.Warn().Str(c.Kind, c.Name).Strs("differs", c.Diff).Msg("not as declared; `headgate setup` repairs it")
+	}
+	return nil
 }
 
 func newWorker(ctx context.Context, s *session) (*consumer.Worker, func(), error) {

@@ -26,7 +26,9 @@ type Memory struct {
 }
 
 // DefaultMemory is 100,000 creators, then 200,000 waiting requests.
-func DefaultMemory() Memory { return Memory{Creators: 100_000, Backlog: 200_000, Others: 1000, Idle: 15} }
+func DefaultMemory() Memory {
+	return Memory{Creators: 100_000, Backlog: 200_000, Others: 1000, Idle: 15}
+}
 
 type memoryFigures struct {
 	Creators       int     `json:"creators"`

@@ -1,0 +1,526 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
+)
+
+var long = flag.Bool("long", false, "run chaos at full length instead of a sample")
+
+const asNode = "TEST_AS_NATS_NODE" // a natsservertest.Node as JSON
+
+// runNode is a NATS server of a cluster, until standard input ends.
+func runNode() {
+	var n natsservertest.Node
+	if err := json.Unmarshal([]byte(os.Getenv(asNode)), &n); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	srv, err := n.Start()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+}
+
+// fleet is a cluster of three servers, workers, all of them processes, and an API
+// that remembers which worker called for whom.
+type fleet struct {
+	t       *testing.T
+	nodes   []natsservertest.Node
+	servers []*exec.Cmd
+	nc      *nats.Conn
+	js      jetstream.JetStream
+	dir     string
+	config  string
+	workers map[string]*exec.Cmd
+	number  int
+	api     *fleetAPI
+
+	mu    sync.Mutex
+	acked []string // ids of requests with a PubAck
+}
+
+const fleetConfig = `
+nats: {replicas: 3}
+partitions: 16
+provider:
+  name: fleet
+  profile: generic
+  base_url: %s
+  creator_header: x-creator
+  headers: {x-worker: WORKER}
+  timeout: 5s
+limits:
+  creator: {rate: 10/s, burst: 20, concurrency: 3}
+  account: {rate: 500/s, burst: 50}
+shutdown_grace: 5s
+operations:
+  "*": {method: POST, path: "/{operation}", body: payload}
+`
+
+func freePorts(t *testing.T, n int) (ports []int) {
+	t.Helper()
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
+	}
+	return ports
+}
+
+func newFleet(t *testing.T) *fleet {
+	t.Helper()
+	f := &fleet{t: t, dir: t.TempDir(), workers: map[string]*exec.Cmd{}, servers: make([]*exec.Cmd, 3)}
+	ports := freePorts(t, 6)
+	for n := range 3 {
+		f.nodes = append(f.nodes, natsservertest.Node{
+			Conf: "../../deploy/cluster/nats.conf", Name: fmt.Sprintf("nats-%d", n+1), Dir: filepath.Join(f.dir, fmt.Sprint(n)),
+			Port: ports[n], Route: ports[3+n], Routes: ports[3:],
+		})
+		f.startServer(n)
+	}
+	t.Cleanup(func() {
+		for name := range f.workers {
+			f.kill(name)
+		}
+		for n := range f.servers {
+			f.killServer(n)
+		}
+	})
+	f.api = &fleetAPI{inFlight: map[string]map[string]int{}, calls: map[string][]time.Time{}, keys: map[string]int{}}
+	server := httptest.NewServer(f.api)
+	t.Cleanup(server.Close)
+	f.config = fmt.Sprintf(fleetConfig, server.URL)
+
+	var err error
+	eventually(t, "the cluster takes connections", func() bool {
+		f.nc, err = nats.Connect(natsservertest.URLs(f.nodes), nats.MaxReconnects(-1), nats.ReconnectWait(100*time.Millisecond))
+		return err == nil
+	})
+	t.Cleanup(f.nc.Close)
+	if f.js, err = jetstream.New(f.nc); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the cluster has a leader", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := f.js.AccountInfo(ctx)
+		return err == nil
+	})
+	eventually(t, "headgate setup", func() bool {
+		out, err := f.run("setup")
+		if err != nil {
+			t.Logf("setup: %s", out)
+		}
+		return err == nil
+	})
+	return f
+}
+
+func (f *fleet) startServer(n int) {
+	f.t.Helper()
+	node, err := json.Marshal(f.nodes[n])
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), asNode+"="+string(node))
+	cmd.Stderr = os.Stderr
+	// Kept open until the test ends; the server ends with it.
+	if _, err := cmd.StdinPipe(); err != nil {
+		f.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		f.t.Fatal(err)
+	}
+	f.servers[n] = cmd
+}
+
+func (f *fleet) killServer(n int) {
+	if cmd := f.servers[n]; cmd != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		f.servers[n] = nil
+	}
+}
+
+func (f *fleet) command(worker string, args ...string) *exec.Cmd {
+	path := filepath.Join(f.dir, worker+".yaml")
+	if err := os.WriteFile(path, []byte(strings.Replace(f.config, "WORKER", worker, 1)), 0o600); err != nil {
+		f.t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0], append(args, "-c", path, "--server", natsservertest.URLs(f.nodes), "--log-format", "json")...)
+	cmd.Env = append(os.Environ(), asProgram+"=1")
+	return cmd
+}
+
+func (f *fleet) run(args ...string) (string, error) {
+	var out bytes.Buffer
+	cmd := f.command("tool", args...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := cmd.Run()
+	return out.String(), err
+}
+
+func (f *fleet) start() string {
+	f.t.Helper()
+	f.number++
+	name := fmt.Sprintf("w%d", f.number)
+	cmd := f.command(name, "run")
+	log, err := os.Create(filepath.Join(f.dir, name+".log"))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stderr = log
+	if err := cmd.Start(); err != nil {
+		f.t.Fatal(err)
+	}
+	f.workers[name] = cmd
+	return name
+}
+
+func (f *fleet) kill(name string) {
+	cmd := f.workers[name]
+	delete(f.workers, name)
+	_ = cmd.Process.Signal(syscall.SIGCONT)
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+}
+
+func (f *fleet) stop(name string) {
+	f.t.Helper()
+	cmd := f.workers[name]
+	delete(f.workers, name)
+	_ = cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		log, _ := os.ReadFile(filepath.Join(f.dir, name+".log"))
+		f.t.Errorf("%s ended with %v:\n%s", name, err, log[max(0, len(log)-2000):])
+	}
+}
+
+func (f *fleet) any() string {
+	names := make([]string, 0, len(f.workers))
+	for name := range f.workers {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names[rand.IntN(len(names))]
+}
+
+// balanced waits until every live worker has its share, and says how long that
+// took.
+func (f *fleet) balanced(within time.Duration) time.Duration {
+	f.t.Helper()
+	began := time.Now()
+	var owners []consumer.Ownership
+	for {
+		ctx, cancel := context.WithTimeout(f.t.Context(), 2*time.Second)
+		kv, err := f.js.KeyValue(ctx, "OWNERS")
+		if err == nil {
+			owners, err = consumer.Owners(ctx, kv)
+		}
+		cancel()
+		good := err == nil && len(owners) == len(f.workers)
+		total := 0
+		for _, o := range owners {
+			n := len(o.Partitions)
+			total += n
+			good = good && n >= 16/len(f.workers) && n <= (16+len(f.workers)-1)/len(f.workers)
+		}
+		took := time.Since(began)
+		if good && total == 16 {
+			return took
+		}
+		if took > within {
+			f.t.Errorf("not balanced over %d workers after %v: %v", len(f.workers), within, owners)
+			return took
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// load publishes requests until the context ends.
+func (f *fleet) load(ctx context.Context, creators int, every time.Duration) {
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for n := 0; ; n++ {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		m := nats.NewMsg(fmt.Sprintf("requests.creator-%d.send", n%creators))
+		id := fmt.Sprintf("r-%d", n)
+		m.Header.Set(nats.MsgIdHdr, id)
+		// Until there is a PubAck: an ingester does the same.
+		for ctx.Err() == nil {
+			short, cancel := context.WithTimeout(ctx, 2*time.Second)
+			_, err := f.js.PublishMsg(short, m)
+			cancel()
+			if err == nil {
+				f.mu.Lock()
+				f.acked = append(f.acked, id)
+				f.mu.Unlock()
+				break
+			}
+		}
+	}
+}
+
+// settled waits until every acknowledged request has its one outcome.
+func (f *fleet) settled(within time.Duration) {
+	f.t.Helper()
+	f.mu.Lock()
+	acked := slices.Clone(f.acked)
+	f.mu.Unlock()
+	began := time.Now()
+	for {
+		outcomes := map[string]int{}
+		err := errors.Join(f.collect("RESULTS", 3, outcomes), f.collect("DLQ", 4, outcomes))
+		missing, double := []string{}, []string{}
+		for _, id := range acked {
+			switch n := outcomes[id]; {
+			case n == 0:
+				missing = append(missing, id)
+			case n > 1:
+				double = append(double, id)
+			}
+		}
+		if len(double) > 0 {
+			f.t.Fatalf("%d requests have two outcomes: %v", len(double), double[:min(5, len(double))])
+		}
+		if err == nil && len(missing) == 0 {
+			f.t.Logf("%d acknowledged requests have %d outcomes, one each, %v after the last", len(acked), len(outcomes), time.Since(began).Round(time.Millisecond))
+			return
+		}
+		if time.Since(began) > within {
+			f.t.Fatalf("%d of %d requests have no outcome: %v (%v)", len(missing), len(acked), missing[:min(5, len(missing))], err)
+		}
+		time.Sleep(250 * time.Millisecond)
+	}
+}
+
+func (f *fleet) collect(stream string, token int, outcomes map[string]int) error {
+	ctx, cancel := context.WithTimeout(f.t.Context(), 5*time.Second)
+	defer cancel()
+	s, err := f.js.Stream(ctx, stream)
+	if err != nil {
+		return err
+	}
+	info, err := s.Info(ctx, jetstream.WithSubjectFilter(">"))
+	if err != nil {
+		return err
+	}
+	for subject, n := range info.State.Subjects {
+		outcomes[strings.Split(subject, ".")[token]] += int(n)
+	}
+	return nil
+}
+
+// fleetAPI records every call with its worker.
+type fleetAPI struct {
+	mu       sync.Mutex
+	inFlight map[string]map[string]int // creator → worker → calls
+	both     []string
+	calls    map[string][]time.Time
+	keys     map[string]int // Idempotency-Key → calls
+	last     time.Time
+	gap      time.Duration // longest time without a call
+}
+
+func (a *fleetAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	creator, worker := r.Header.Get("x-creator"), r.Header.Get("x-worker")
+	_, _ = io.Copy(io.Discard, r.Body)
+	a.mu.Lock()
+	now := time.Now()
+	if !a.last.IsZero() {
+		a.gap = max(a.gap, now.Sub(a.last))
+	}
+	a.last = now
+	if a.inFlight[creator] == nil {
+		a.inFlight[creator] = map[string]int{}
+	}
+	a.inFlight[creator][worker]++
+	if len(a.inFlight[creator]) > 1 {
+		a.both = append(a.both, creator)
+	}
+	a.calls[creator] = append(a.calls[creator], now)
+	a.keys[r.Header.Get("Idempotency-Key")]++
+	a.mu.Unlock()
+	wait := time.NewTimer(30 * time.Millisecond)
+	select {
+	case <-wait.C:
+	case <-r.Context().Done():
+	}
+	a.mu.Lock()
+	if a.inFlight[creator][worker]--; a.inFlight[creator][worker] == 0 {
+		delete(a.inFlight[creator], worker)
+	}
+	a.mu.Unlock()
+	_, _ = io.WriteString(w, "{}")
+}
+
+func (a *fleetAPI) judge(t *testing.T, perSecond float64, burst int) {
+	t.Helper()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.both) > 0 {
+		t.Errorf("%d calls for creators that another worker was calling: %v", len(a.both), a.both[:min(5, len(a.both))])
+	}
+	total, again := 0, 0
+	for _, n := range a.keys {
+		again += n - 1
+	}
+	for creator, calls := range a.calls {
+		total += len(calls)
+		level, last := float64(burst), calls[0]
+		for i, at := range calls {
+			level = min(float64(burst), level+at.Sub(last).Seconds()*perSecond) - 1
+			last = at
+			if level < 0 {
+				t.Errorf("%s: call %d is more than %v/s and a burst of %d allow", creator, i, perSecond, burst)
+				break
+			}
+		}
+	}
+	t.Logf("%d calls, %d of them for the second time; longest time without a call %v", total, again, a.gap.Round(time.Millisecond))
+}
+
+func (a *fleetAPI) startGap() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.gap, a.last = 0, time.Now()
+}
+
+// Workers are killed, stopped, paused and added under load, on a cluster of
+// three servers.
+func TestScale(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute")
+	}
+	f := newFleet(t)
+	for range 4 {
+		f.start()
+	}
+	t.Logf("4 workers balanced after %v", f.balanced(20*time.Second).Round(time.Millisecond))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var load sync.WaitGroup
+	load.Go(func() { f.load(ctx, 40, 5*time.Millisecond) })
+
+	events := []string{"term", "add", "kill", "add"}
+	if *long {
+		events = nil
+		for range 20 {
+			events = append(events, []string{"term", "add", "kill", "pause"}[rand.IntN(4)])
+		}
+	}
+	for _, event := range events {
+		switch {
+		case len(f.workers) < 2:
+			event = "add"
+		case len(f.workers) > 5 && event == "add":
+			event = "term"
+		}
+		name, within := "", 5*time.Second
+		switch event {
+		case "term":
+			name = f.any()
+			f.stop(name)
+		case "kill":
+			name, within = f.any(), 20*time.Second
+			f.kill(name)
+		case "add":
+			name = f.start()
+			within = 8 * time.Second // 5 s from when the process is up
+		case "pause":
+			name, within = f.any(), 20*time.Second
+			p := f.workers[name].Process
+			_ = p.Signal(syscall.SIGSTOP)
+			time.Sleep(20 * time.Second)
+			_ = p.Signal(syscall.SIGCONT)
+		}
+		t.Logf("%s %s: balanced over %d workers after %v", event, name, len(f.workers), f.balanced(within).Round(time.Millisecond))
+		time.Sleep(time.Duration(rand.IntN(2000)) * time.Millisecond)
+	}
+	cancel()
+	load.Wait()
+	f.settled(2 * time.Minute)
+	f.api.judge(t, 10, 20)
+}
+
+// A server is killed and started again, and then all of them at once.
+func TestServersFail(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute")
+	}
+	f := newFleet(t)
+	f.start()
+	f.start()
+	f.balanced(20 * time.Second)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var load sync.WaitGroup
+	load.Go(func() { f.load(ctx, 40, 10*time.Millisecond) })
+	eventually(t, "calls", func() bool { f.api.mu.Lock(); defer f.api.mu.Unlock(); return len(f.api.calls) > 0 })
+
+	times := 2
+	if *long {
+		times = 5
+	}
+	f.api.startGap()
+	for n := range times {
+		f.killServer(n % 3)
+		time.Sleep(5 * time.Second)
+		f.startServer(n % 3)
+		time.Sleep(8 * time.Second)
+	}
+	f.api.mu.Lock()
+	t.Logf("one of three servers killed %d times: longest time without a call %v", times, f.api.gap.Round(time.Millisecond))
+	f.api.mu.Unlock()
+
+	for n := range 3 {
+		f.killServer(n)
+	}
+	time.Sleep(2 * time.Second)
+	for n := range 3 {
+		f.startServer(n)
+	}
+	time.Sleep(10 * time.Second)
+	cancel()
+	load.Wait()
+	f.settled(2 * time.Minute)
+	f.api.judge(t, 10, 20)
+}
