@@ -43,6 +43,8 @@ type Operation struct {
 	// NotFoundEmpty: nothing found is an empty result, not a failure.
 	NotFoundEmpty bool
 	Retry         Retry
+
+	name string
 }
 
 // AnyOperation is the key of the operation that stands for all that are not named.
@@ -63,8 +65,29 @@ type Config struct {
 	Grace time.Duration
 	// StoreTimeout bounds one attempt to write to the server; default 5 s.
 	StoreTimeout time.Duration
+	Observer     Observer // nil: nobody
 	Log          zerolog.Logger
 }
+
+// Observer is told what a worker does, as it does it. Operations that are not
+// named in the configuration come as AnyOperation.
+type Observer interface {
+	// Called: a call has ended, with a class if it failed. insideHold means that it
+	// began although the creator was held, which must not happen.
+	Called(operation string, class classify.Class, status int, took time.Duration, insideHold bool)
+	// Retried: the request will be called again.
+	Retried(class classify.Class)
+	// Settled: a request has its outcome, after so many calls; a class if it is
+	// a dead letter.
+	Settled(class classify.Class, calls int)
+}
+
+// nobody observes.
+type nobody struct{}
+
+func (nobody) Called(string, classify.Class, int, time.Duration, bool) {}
+func (nobody) Retried(classify.Class)                                  {}
+func (nobody) Settled(classify.Class, int)                             {}
 
 // Stats counts what a worker has done.
 type Stats struct {
@@ -84,9 +107,12 @@ type Worker struct {
 	members   *members
 	budget    *budget
 	ledger    *ledger
-	requests  string    // names of streams
-	results   string    //
-	created   time.Time // when the stream was, for requests without an id
+	requests  string           // names of streams
+	results   string           //
+	stream    jetstream.Stream // of requests
+	created   time.Time        // when it was, for requests without an id
+	backlog   atomic.Int64     // what is in it, as of a few seconds ago
+	oldest    atomic.Int64     // and when the oldest was stored, Unix nanoseconds
 
 	partitions []*partition
 	calls      sync.WaitGroup
@@ -106,6 +132,9 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	gates, err := resilience.NewGates(cfg.Gates)
 	if err != nil {
 		return nil, err
+	}
+	if cfg.Observer == nil {
+		cfg.Observer = nobody{}
 	}
 	if cfg.StoreTimeout == 0 {
 		cfg.StoreTimeout = 5 * time.Second
@@ -129,7 +158,7 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	if err != nil {
 		return nil, fmt.Errorf("bind to stream %s (has `headgate setup` been run?): %w", w.requests, err)
 	}
-	w.created = stream.CachedInfo().Created
+	w.stream, w.created = stream, stream.CachedInfo().Created
 
 	buckets := map[string]jetstream.KeyValue{}
 	for _, name := range []string{publisher.Holds, publisher.Limits, publisher.Ledger, publisher.Budgets, publisher.Owners} {
@@ -220,6 +249,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		}
 	}
 	keepers.Go(func() error { w.fund(keepCtx); return nil })
+	keepers.Go(func() error { w.watchBacklog(keepCtx); return nil })
 	keepers.Go(func() error { w.own(keepCtx, ctx.Done()); return nil })
 	keepers.Go(func() error { w.tick(keepCtx); return nil })
 	<-ctx.Done()
@@ -372,8 +402,10 @@ const unreadable = "unreadable"
 // prepare finds a request's operation and turns it into a call.
 func (w *Worker) prepare(req *publisher.Request) (Operation, func(context.Context) classify.Answer, error) {
 	op, ok := w.cfg.Operations[req.Operation]
+	op.name = req.Operation
 	if !ok {
 		op, ok = w.cfg.Operations[AnyOperation]
+		op.name = AnyOperation
 	}
 	if !ok {
 		known := slices.Sorted(maps.Keys(w.cfg.Operations))

@@ -191,3 +191,50 @@ func TestWorkersComeAndGo(t *testing.T) {
 		}
 	})
 }
+
+// Four workers with uneven work share the account's limit: it is used, and
+// never broken, also when one of them is restarted.
+func TestWorkersShareTheAccount(t *testing.T) {
+	const perSecond, burst, creators = 250, 40, 30
+	natsservertest.Simulate(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) {
+			c.Topology.Partitions = 8
+			c.Gates.Account = resilience.Rate{PerSecond: perSecond, Burst: burst}
+			c.Gates.Creator.Concurrency = 20
+		})
+		cr := &crowd{now: map[string]map[string]int{}, calls: map[string][]time.Time{}, latest: map[string]string{}}
+		stops := map[string]func(){}
+		start := func(name string) {
+			r.cfg.API = as{r, name, cr}
+			_, stops[name] = r.work(name)
+		}
+		for n := range 4 {
+			start(fmt.Sprint("w", n))
+		}
+		total := 0
+		for n := range creators { // from 20 to 600 requests
+			r.publish(fmt.Sprintf("creator-%d", n), 20*(n+1))
+			total += 20 * (n + 1)
+		}
+		time.Sleep(10 * time.Second)
+		stops["w1"]()
+		start("w4")
+		r.await(time.Hour, "RESULTS", "results.>", total)
+		for _, stop := range stops {
+			stop()
+		}
+		var all []time.Time
+		for _, calls := range cr.calls {
+			all = append(all, calls...)
+		}
+		slices.SortFunc(all, time.Time.Compare)
+		checkRate(t, all, perSecond, burst)
+		// While there is work for everybody.
+		span := all[len(all)*8/10].Sub(all[0])
+		used := float64(len(all)*8/10) / (span.Seconds() * perSecond)
+		t.Logf("%.1f%% of the limit used by 4 workers over %v", 100*used, span.Round(time.Second))
+		if used < 0.97 {
+			t.Errorf("%.1f%% of the limit used", 100*used)
+		}
+	})
+}

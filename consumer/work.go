@@ -54,6 +54,8 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 		}
 	}
 	started := time.Now()
+	held := c.gate.Held(started)
+	inside := held != nil && held.Since.Before(permit.Started())
 	answer := call(w.callCtx)
 	now := time.Now()
 	w.stats.calls.Add(1)
@@ -67,6 +69,7 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 	failure, failed := w.cfg.Profile.Classify(answer, now)
 	hints := w.cfg.Profile.Hints(answer.Header, now)
 	took := now.Sub(started)
+	w.cfg.Observer.Called(d.op.name, failure.Class, answer.Status, took, inside)
 	o := outcome{failure: failure, failed: failed, now: now, random: rand.Float64()}
 	if hints.Exhausted {
 		o.window = hints.HoldFor
@@ -180,6 +183,7 @@ func (w *Worker) succeed(p *partition, d *delivery, a classify.Answer, f classif
 		return
 	}
 	w.stats.results.Add(1)
+	w.cfg.Observer.Settled("", r.Attempts)
 	w.ack(p, d)
 	w.line(w.log.Info(), d).Str("outcome", "result").Int("status", a.Status).Int("attempt", r.Attempts).
 		Bool("empty", empty).Dur("took_ms", took).Str("upstream_request", r.UpstreamRequestID).Send()
@@ -191,6 +195,7 @@ func (w *Worker) retry(p *partition, c *creator, d *delivery, f classify.Failure
 		return
 	}
 	w.stats.retries.Add(1)
+	w.cfg.Observer.Retried(f.Class)
 	w.line(w.log.Info(), d).Str("outcome", "retry").Str("class", string(f.Class)).Str("code", f.Code).Int("status", status).
 		Int("attempt", len(d.record.Attempts)).Time("not_before", after).Dur("took_ms", took).Str("upstream_request", f.RequestID).Send()
 	p.again(c, d, after)
@@ -227,6 +232,7 @@ func (w *Worker) publishDead(p *partition, d *delivery) {
 		return
 	}
 	w.stats.deadLetters.Add(1)
+	w.cfg.Observer.Settled(letter.Class, letter.Attempts)
 	w.ack(p, d)
 	w.line(w.log.Warn(), d).Str("outcome", "dead letter").Str("class", string(letter.Class)).Str("code", letter.Code).
 		Int("status", letter.HTTPStatus).Int("attempt", letter.Attempts).Str("reason", letter.Reason).

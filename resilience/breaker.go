@@ -60,6 +60,26 @@ func (b *breaker) blocks(now time.Time) (until time.Time, blocked bool) {
 	return time.Time{}, false
 }
 
+// BreakerState is that of a circuit breaker.
+type BreakerState string
+
+// A half-open breaker is finding out with one call at a time.
+const (
+	BreakerClosed   BreakerState = "closed"
+	BreakerOpen     BreakerState = "open"
+	BreakerHalfOpen BreakerState = "half_open"
+)
+
+func (b *breaker) status(now time.Time) (s BreakerState, until time.Time) {
+	switch {
+	case b.closed():
+		return BreakerClosed, time.Time{}
+	case b.state == gobreaker.StateOpen && now.Before(b.openUntil):
+		return BreakerOpen, b.openUntil
+	}
+	return BreakerHalfOpen, time.Time{}
+}
+
 // allow takes a place. The returned ticket must be given to record; a nil one
 // means that the breaker is closed and needs none.
 func (b *breaker) allow() (t *ticket, ok bool) {

@@ -124,6 +124,9 @@ type Permit struct {
 	upstream *Hold
 }
 
+// Started is when the permit was given.
+func (p Permit) Started() time.Time { return p.started }
+
 // Admit takes everything that a call of this kind needs, or nothing and says
 // why. A request that has waited was given a turn by [Gate.Turn]; one that has not
 // does not overtake those that have.
@@ -366,6 +369,34 @@ func (g *Gate) Held(now time.Time) *Hold {
 		return nil
 	}
 	return g.hold
+}
+
+// Status is a gate as it is at a moment, for people.
+type Status struct {
+	Hold         *Hold // that stands, nil if none does
+	Breaker      BreakerState
+	BreakerUntil time.Time // when it is open
+	InFlight     int
+	Slots        int
+	Limit        int // of slots, as configured
+	Slow         bool
+	NextToken    time.Time     // when the rate allows the next call
+	Latency      time.Duration // of calls, moving average; 0: none has ended
+}
+
+// Status looks without changing anything.
+func (g *Gate) Status(now time.Time, kind Kind) Status {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := Status{
+		InFlight: g.inFlight, Slots: g.slots, Limit: g.limit, Slow: g.slow,
+		NextToken: nextToken(g.lanes[kind].limiter, now), Latency: g.latency,
+	}
+	s.Breaker, s.BreakerUntil = g.brk.status(now)
+	if g.hold.Stands(now) {
+		s.Hold = g.hold
+	}
+	return s
 }
 
 // Release ends a hold before its time. Those who wait have to be given new

@@ -92,6 +92,7 @@ func benchLimitsCommand() *cobra.Command {
 	flags.Float64Var(&o.Account, "account-rate", o.Account, "their calls a second, together")
 	flags.IntVar(&o.AccBurst, "account-burst", o.AccBurst, "their calls at once")
 	flags.Float64Var(&o.Seconds, "account-seconds", o.Seconds, "seconds of work for the account")
+	flags.IntVar(&o.Workers, "workers", o.Workers, "workers that share the account's limit")
 	flags.DurationVar(&o.Latency, "latency", o.Latency, "of the API")
 	return cmd
 }

@@ -113,11 +113,14 @@ func (d *demo) run(cmd *cobra.Command) error {
 	if _, err := d.topology().Ensure(ctx, d.js); err != nil {
 		return err
 	}
-	var closeAPI func()
-	if d.worker, closeAPI, err = newWorker(ctx, d.session); err != nil {
+	cfg, closeAPI, err := workerConfig(d.session)
+	if err != nil {
 		return err
 	}
 	defer closeAPI()
+	if d.worker, err = consumer.New(ctx, d.nc, cfg); err != nil {
+		return err
+	}
 
 	d.started = time.Now()
 	apiCtx, stopAPI := context.WithCancel(context.WithoutCancel(ctx))

@@ -2,61 +2,60 @@ package main
 
 import (
 	"os"
-	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
-	"github.com/goccy/go-yaml"
+	"github.com/compose-spec/compose-go/v2/cli"
 
 	"github.com/headgate-io/headgate/internal/config"
 )
 
-// The files that docker-compose.yml mounts are there, and what it starts is
-// what the program knows.
+// The compose file is valid for each of its profiles, what it mounts is there,
+// and what it starts is what the program knows.
 func TestCompose(t *testing.T) {
-	const root = "../.."
-	text, err := os.ReadFile(filepath.Join(root, "docker-compose.yml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var compose struct {
-		Services map[string]struct {
-			Image, Build string
-			Command      []string
-			Volumes      []string
-			DependsOn    map[string]any `yaml:"depends_on"`
-		}
-		Volumes map[string]any
-	}
-	if err := yaml.Unmarshal(text, &compose); err != nil {
-		t.Fatal(err)
-	}
-	for name, s := range compose.Services {
-		if (s.Image == "") == (s.Build == "") {
-			t.Errorf("%s needs an image or a build", name)
-		}
-		for other := range s.DependsOn {
-			if _, there := compose.Services[other]; !there {
-				t.Errorf("%s depends on %s, which is not there", name, other)
+	for profiles, want := range map[string][]string{
+		"":            {"fakeapi", "nats", "worker"}, // .env
+		"single":      {"fakeapi", "nats", "worker"},
+		"cluster":     {"fakeapi", "nats-1", "nats-2", "nats-3", "worker-1", "worker-2"},
+		"single,obs":  {"fakeapi", "grafana", "nats", "prometheus", "worker"},
+		"cluster,obs": {"fakeapi", "grafana", "nats-1", "nats-2", "nats-3", "prometheus", "worker-1", "worker-2"},
+	} {
+		t.Run(profiles, func(t *testing.T) {
+			var selected []string
+			if profiles != "" {
+				selected = strings.Split(profiles, ",")
 			}
-		}
-		for _, v := range s.Volumes {
-			source, _, _ := strings.Cut(v, ":")
-			if !strings.HasPrefix(source, ".") {
-				if _, there := compose.Volumes[source]; !there {
-					t.Errorf("%s: no volume %s", name, source)
+			options, err := cli.NewProjectOptions([]string{"../../docker-compose.yml"}, cli.WithEnvFiles(), cli.WithDotEnv, cli.WithDefaultProfiles(selected...))
+			if err != nil {
+				t.Fatal(err)
+			}
+			project, err := options.LoadProject(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			names := project.ServiceNames()
+			slices.Sort(names)
+			if !slices.Equal(names, want) {
+				t.Errorf("starts %v, want %v", names, want)
+			}
+			for name, s := range project.Services {
+				for _, v := range s.Volumes {
+					if v.Type == "bind" {
+						if _, err := os.Stat(v.Source); err != nil {
+							t.Errorf("%s mounts %v", name, err)
+						}
+					}
 				}
-			} else if _, err := os.Stat(filepath.Join(root, source)); err != nil {
-				t.Errorf("%s mounts %v", name, err)
+				if s.Build != nil {
+					if c, _, err := rootCommand().Find(s.Command); err != nil || c.Name() != s.Command[0] {
+						t.Errorf("%s: headgate has no command %v", name, s.Command)
+					}
+				}
 			}
-		}
-		if s.Build != "" {
-			if c, _, err := rootCommand().Find(s.Command); err != nil || c.Name() != s.Command[0] {
-				t.Errorf("%s: headgate has no command %v", name, s.Command)
-			}
-		}
+		})
 	}
-	if _, err := config.Load(filepath.Join(root, "deploy/compose/headgate.yaml"), nil); err != nil {
+	if _, err := config.Load("../../deploy/compose/headgate.yaml", nil); err != nil {
 		t.Error(err)
 	}
 }

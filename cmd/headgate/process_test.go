@@ -2,7 +2,9 @@ package main
 
 import (
 	"bufio"
+	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -12,7 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/headgate-io/headgate/consumer"
 	"github.com/headgate-io/headgate/internal/natsserver"
+	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
 )
 
 // The test binary is also the program, and a NATS server, for tests that need
@@ -171,5 +175,69 @@ func TestEmbeddedServerIsShared(t *testing.T) {
 	}
 	if err := worker.Wait(); err != nil {
 		t.Errorf("SIGTERM: %v\n%s", err, log.String())
+	}
+}
+
+// A worker says how it is, to Prometheus, to probes and to people.
+func TestWorkerShowsItself(t *testing.T) {
+	w := newWorld(t, natsservertest.URL(t))
+	port := freePorts(t, 1)[0]
+	w.change("shutdown_grace: 2s", fmt.Sprintf("shutdown_grace: 2s\nadmin: 127.0.0.1:%d", port))
+	w.api.answer("bob", status(422, "{}"))
+	stop := w.worker()
+	w.publish("requests.alice.send", `{}`)
+	w.publish("requests.bob.send", `{}`)
+	w.outcome("RESULTS", "results.alice.>")
+	w.outcome("DLQ", "dlq.VALIDATION.bob.>")
+	get := func(path string) (int, string) {
+		resp, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d%s", port, path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		body, _ := io.ReadAll(resp.Body)
+		return resp.StatusCode, string(body)
+	}
+	for _, path := range []string{"/livez", "/readyz"} {
+		if code, body := get(path); code != 200 {
+			t.Errorf("%s: %d %s", path, code, body)
+		}
+	}
+	eventually(t, "metrics", func() bool {
+		_, body := get("/metrics")
+		for _, line := range []string{
+			`headgate_api_calls_total{class="VALIDATION",operation="*"} 1`, `headgate_api_calls_total{class="ok",operation="*"} 1`,
+			`headgate_dead_letters_total{class="VALIDATION"} 1`, "headgate_results_total 1", "headgate_partitions_owned 4", "headgate_api_calls_inside_hold_total 0",
+		} {
+			if !strings.Contains(body, line+"\n") {
+				return false
+			}
+		}
+		return !strings.Contains(body, "alice")
+	})
+	var workers []consumer.Ownership
+	if err := json.Unmarshal([]byte(w.headgate("workers", "-o", "json")), &workers); err != nil || len(workers) != 1 || len(workers[0].Partitions) != 4 {
+		t.Errorf("workers: %+v, %v", workers, err)
+	}
+	var findings []finding
+	if err := json.Unmarshal([]byte(w.headgate("doctor", "-o", "json")), &findings); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range findings {
+		if f.Status == isFail || f.Status == isWarn && f.Check != "sync to disk" {
+			t.Errorf("%+v", f)
+		}
+	}
+	stop()
+	// Without a worker, and without a stream, it says so.
+	if err := w.js.DeleteStream(t.Context(), "DLQ"); err != nil {
+		t.Fatal(err)
+	}
+	code, stdout, _ := program(t, "", "doctor", "-c", w.config, "--server", w.url)
+	if code != exitFailed || !strings.Contains(stdout, "create stream DLQ") || !strings.Contains(stdout, "no worker runs") {
+		t.Errorf("exit code %d: %s", code, stdout)
+	}
+	if code, _, stderr := program(t, "", "run", "-c", w.config, "--server", w.url); code != exitFailed || !strings.Contains(stderr, "headgate setup") {
+		t.Errorf("exit code %d: %s", code, stderr)
 	}
 }

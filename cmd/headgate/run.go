@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/telemetry"
 )
 
 func runCommand() *cobra.Command {
@@ -46,20 +47,32 @@ shutdown_grace, gives back what has not been called, and exits 0.`,
 // runWorker works until ctx ends. Only one that is told to changes the
 // topology, so that two versions never change it to and fro.
 func runWorker(ctx context.Context, s *session, ensure bool) error {
-	if ensure {
-		if _, err := s.topology().Ensure(ctx, s.js); err != nil {
-			return err
-		}
-	} else if err := verify(ctx, s); err != nil {
-		return err
-	}
-	w, closeAPI, err := newWorker(ctx, s)
+	cfg, closeAPI, err := workerConfig(s)
 	if err != nil {
 		return err
 	}
 	defer closeAPI()
+	if ensure {
+		_, err = s.topology().Ensure(ctx, s.js)
+	} else {
+		err = verify(ctx, s)
+	}
+	if err != nil {
+		return err
+	}
+	metrics := telemetry.NewMetrics()
+	cfg.Observer = metrics
+	w, err := consumer.New(ctx, s.nc, cfg)
+	if err != nil {
+		return err
+	}
+	metrics.Watch(w.Snapshot)
+	admin, err := serveAdmin(ctx, s.cfg.Admin, w, metrics)
+	if err != nil {
+		return err
+	}
 	s.log.Info().Str("server", s.nc.ConnectedUrlRedacted()).Str("provider", s.cfg.Provider.Name).
-		Int("partitions", s.cfg.Partitions).Msg("working")
+		Str("admin", admin).Int("partitions", s.cfg.Partitions).Msg("working")
 	return w.Run(ctx)
 }
 
@@ -76,19 +89,6 @@ func verify(ctx context.Context, s *session) error {
 		s.log.Warn().Str(c.Kind, c.Name).Strs("differs", c.Diff).Msg("not as declared; `headgate setup` repairs it")
 	}
 	return nil
-}
-
-func newWorker(ctx context.Context, s *session) (*consumer.Worker, func(), error) {
-	cfg, closeAPI, err := workerConfig(s)
-	if err != nil {
-		return nil, nil, err
-	}
-	w, err := consumer.New(ctx, s.nc, cfg)
-	if err != nil {
-		closeAPI()
-		return nil, nil, err
-	}
-	return w, closeAPI, nil
 }
 
 // workerName is unique to a process, and tells people where it runs.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 
@@ -29,10 +30,10 @@ func setupCommand() *cobra.Command {
 				act = s.topology().Plan
 			}
 			changes, err := act(cmd.Context(), s.js)
-			if printErr := printChanges(cmd.OutOrStdout(), changes, output, dryRun); err == nil {
-				err = printErr
+			if err != nil && len(changes) == 0 {
+				return err
 			}
-			return err
+			return errors.Join(err, printChanges(cmd.OutOrStdout(), changes, output, dryRun))
 		},
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print what would change, and change nothing")

@@ -63,10 +63,12 @@ type stand struct {
 	b        *Bench
 	dir      string
 	server   *exec.Cmd
+	url      string
 	stdin    io.Closer
 	nc       *nats.Conn
 	js       jetstream.JetStream
 	monitor  string
+	workers  int
 	topology publisher.Topology
 	baseURL  string
 	http     *http.Server
@@ -98,9 +100,8 @@ func (b *Bench) stand(ctx context.Context, topology publisher.Topology, handler 
 	if err != nil {
 		return s, fmt.Errorf("start the NATS server: %w", err)
 	}
-	url, monitor, _ := strings.Cut(strings.TrimSpace(line), " ")
-	s.monitor = monitor
-	if s.nc, err = nats.Connect(url); err != nil {
+	s.url, s.monitor, _ = strings.Cut(strings.TrimSpace(line), " ")
+	if s.nc, err = nats.Connect(s.url); err != nil {
 		return s, err
 	}
 	if s.js, err = jetstream.New(s.nc, jetstream.WithPublishAsyncMaxPending(8192)); err != nil {
@@ -141,8 +142,9 @@ func (s *stand) work(ctx context.Context, timeout time.Duration, change func(*co
 	if !ok {
 		return nil, nil, errors.New("no profile ofauth")
 	}
+	s.workers++
 	cfg := consumer.Config{
-		Name: "bench", Provider: "bench", Topology: s.topology, Profile: profile,
+		Name: fmt.Sprintf("bench-%d", s.workers), Provider: "bench", Topology: s.topology, Profile: profile,
 		Operations: map[string]consumer.Operation{consumer.AnyOperation: {Kind: resilience.Write, Retry: consumer.DefaultRetry()}},
 		Gates:      resilience.DefaultConfig(), Log: zerolog.New(io.Discard).Level(zerolog.InfoLevel),
 	}
@@ -158,7 +160,12 @@ func (s *stand) work(ctx context.Context, timeout time.Duration, change func(*co
 		return nil, nil, err
 	}
 	cfg.API = client
-	if w, err = consumer.New(ctx, s.nc, cfg); err != nil {
+	nc, err := nats.Connect(s.url)
+	if err != nil {
+		return nil, nil, err
+	}
+	if w, err = consumer.New(ctx, nc, cfg); err != nil {
+		nc.Close()
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -166,6 +173,7 @@ func (s *stand) work(ctx context.Context, timeout time.Duration, change func(*co
 	g.Go(func() error { return w.Run(ctx) })
 	return w, func() error {
 		cancel()
+		defer nc.Close()
 		defer client.Close()
 		return g.Wait()
 	}, nil

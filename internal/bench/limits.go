@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -25,12 +26,13 @@ type Limits struct {
 	Account  float64       // their calls a second, together
 	AccBurst int           // at once
 	Seconds  float64       // of work for the account
+	Workers  int           // that share it
 	Latency  time.Duration // of the API
 }
 
 // DefaultLimits takes about a minute and a half.
 func DefaultLimits() Limits {
-	return Limits{Requests: 3000, Creator: 50, Burst: 90, Creators: 50, Account: 500, AccBurst: 50, Seconds: 30, Latency: 20 * time.Millisecond}
+	return Limits{Requests: 3000, Creator: 50, Burst: 90, Creators: 50, Account: 500, AccBurst: 50, Seconds: 30, Workers: 4, Latency: 20 * time.Millisecond}
 }
 
 // limitFigures are one limit's, as the API counts it.
@@ -49,14 +51,14 @@ type limitFigures struct {
 // Limits measures how exactly limits are kept, and how much of them is used, by what
 // arrives at the API.
 func (b *Bench) Limits(ctx context.Context, o Limits) error {
-	creator, err := b.limited(ctx, "creator", o, 1, o.Requests, resilience.Rate{PerSecond: o.Creator, Burst: o.Burst}, func(c *consumer.Config, r resilience.Rate) {
+	creator, err := b.limited(ctx, "creator", o, 1, 1, o.Requests, resilience.Rate{PerSecond: o.Creator, Burst: o.Burst}, func(c *consumer.Config, r resilience.Rate) {
 		c.Gates.Creator = resilience.Limits{Rate: r, Concurrency: 10}
 	})
 	if err != nil {
 		return err
 	}
 	each := int(o.Seconds * o.Account / float64(o.Creators))
-	account, err := b.limited(ctx, "account", o, o.Creators, each, resilience.Rate{PerSecond: o.Account, Burst: o.AccBurst}, func(c *consumer.Config, r resilience.Rate) {
+	account, err := b.limited(ctx, "account", o, o.Workers, o.Creators, each, resilience.Rate{PerSecond: o.Account, Burst: o.AccBurst}, func(c *consumer.Config, r resilience.Rate) {
 		c.Gates.Account = r
 	})
 	if err != nil {
@@ -75,7 +77,7 @@ func (b *Bench) Limits(ctx context.Context, o Limits) error {
 	return b.print(map[string]any{"bench": "limits", "options": o, "limits": []limitFigures{creator, account}})
 }
 
-func (b *Bench) limited(ctx context.Context, name string, o Limits, creators, each int, limit resilience.Rate, set func(*consumer.Config, resilience.Rate)) (f limitFigures, err error) {
+func (b *Bench) limited(ctx context.Context, name string, o Limits, workers, creators, each int, limit resilience.Rate, set func(*consumer.Config, resilience.Rate)) (f limitFigures, err error) {
 	var mu sync.Mutex
 	var calls []time.Time
 	s, err := b.stand(ctx, publisher.Topology{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -98,22 +100,30 @@ func (b *Bench) limited(ctx context.Context, name string, o Limits, creators, ea
 	if err := s.publish(names, func(string) int { return each }); err != nil {
 		return f, err
 	}
-	w, stop, err := s.work(ctx, 10*time.Second, func(c *consumer.Config) { set(c, limit) })
-	if err != nil {
-		return f, err
+	var all []*consumer.Worker
+	var stops []func() error
+	for range workers {
+		w, stop, err := s.work(ctx, 10*time.Second, func(c *consumer.Config) { set(c, limit) })
+		if err != nil {
+			return f, err
+		}
+		all, stops = append(all, w), append(stops, stop)
 	}
 	total := creators * each
 	shown := time.Now()
 	err = await(ctx, 2*time.Hour, "all requests", func() (bool, error) {
-		done := int(w.Stats().Results)
+		done := 0
+		for _, w := range all {
+			done += int(w.Stats().Results)
+		}
 		if time.Since(shown) > 5*time.Second {
 			shown = time.Now()
 			fmt.Fprintf(b.Progress, "%s's limit: %d of %d\n", name, done, total)
 		}
 		return done >= total, nil
 	})
-	if stopErr := stop(); err == nil {
-		err = stopErr
+	for _, stop := range stops {
+		err = errors.Join(err, stop())
 	}
 	if err != nil {
 		return f, err

@@ -26,6 +26,7 @@ type Config struct {
 	ShutdownGrace     time.Duration `yaml:"shutdown_grace"`
 	DataDir           string        `yaml:"data_dir"`
 	Listen            string        `yaml:"listen"`
+	Admin             string        `yaml:"admin"`
 	Log               Log           `yaml:"log"`
 }
 
@@ -153,6 +154,7 @@ func Default() Config {
 		ShutdownGrace:     20 * time.Second,
 		DataDir:           "./data",
 		Listen:            "127.0.0.1:4222",
+		Admin:             "127.0.0.1:9464",
 		Log:               Log{Level: "info", Format: "auto"},
 	}
 }
