@@ -53,8 +53,8 @@ type members struct {
 	self Member
 
 	mu        sync.Mutex
-	live      map[string]bool
-	owners    map[int]string
+	live      map[string]time.Time // by name: when they were heard of last
+	owners    map[int]owner
 	changed   time.Time // when live last did
 	joined    time.Time // when this worker was last missing
 	confirmed time.Time // when the heartbeat was sent that was last confirmed
@@ -62,11 +62,22 @@ type members struct {
 	wake      chan struct{}
 }
 
+// owner is who has a partition, and when that was heard of last.
+type owner struct {
+	worker string
+	heard  time.Time
+}
+
+// forgotten is the age at which what was heard counts no more, even if nobody
+// said that it has expired: notices can get lost when servers fail. Whether
+// a lease is free is the server's to say in any case.
+const forgotten = leaseTTL + beatEvery
+
 func newMembers(kv jetstream.KeyValue, name string, log zerolog.Logger) *members {
 	host, _ := os.Hostname()
 	return &members{
 		kv: kv, log: log, self: Member{Worker: name, Host: host, PID: os.Getpid(), Since: time.Now().UTC().Truncate(time.Second)},
-		live: map[string]bool{}, owners: map[int]string{}, wake: make(chan struct{}, 1),
+		live: map[string]time.Time{}, owners: map[int]owner{}, wake: make(chan struct{}, 1),
 	}
 }
 
@@ -90,7 +101,7 @@ func (m *members) apply(e jetstream.KeyValueEntry) {
 		delete(m.owners, n)
 		var s storedLease
 		if put && json.Unmarshal(e.Value(), &s) == nil {
-			m.owners[n] = s.Worker
+			m.owners[n] = owner{s.Worker, time.Now()}
 		} else {
 			m.stir() // it is free
 		}
@@ -98,16 +109,16 @@ func (m *members) apply(e jetstream.KeyValueEntry) {
 }
 
 func (m *members) seen(name string, alive bool) {
-	if m.live[name] == alive {
-		return
-	}
-	m.changed = time.Now()
+	_, was := m.live[name]
 	if alive {
-		m.live[name] = true
+		m.live[name] = time.Now()
 	} else {
 		delete(m.live, name)
 	}
-	m.stir()
+	if was != alive {
+		m.changed = time.Now()
+		m.stir()
+	}
 }
 
 func (m *members) stir() {
@@ -121,7 +132,7 @@ func (m *members) stir() {
 func (m *members) count() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.live[m.self.Worker] {
+	if _, there := m.live[m.self.Worker]; there {
 		return len(m.live)
 	}
 	return len(m.live) + 1
@@ -177,11 +188,15 @@ func (m *members) plan(now time.Time, partitions int) (mine map[int]bool, free m
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	mine, free = map[int]bool{}, map[int]bool{}
-	if m.left || !m.live[m.self.Worker] {
+	if _, there := m.live[m.self.Worker]; m.left || !there {
 		return mine, free, false, 0
 	}
 	names := make([]string, 0, len(m.live))
-	for name := range m.live {
+	for name, heard := range m.live {
+		if now.Sub(heard) > forgotten && name != m.self.Worker {
+			m.seen(name, false)
+			continue
+		}
 		names = append(names, name)
 	}
 	for n, name := range assign(partitions, names) {
@@ -198,7 +213,7 @@ func (m *members) plan(now time.Time, partitions int) (mine map[int]bool, free m
 		return mine, free, false, wait
 	}
 	for n := range mine {
-		if m.owners[n] == "" {
+		if o, owned := m.owners[n]; !owned || now.Sub(o.heard) > forgotten {
 			free[n] = true
 		}
 	}

@@ -296,6 +296,9 @@ func (w *Worker) lookUp(p *partition, c *creator, d *delivery) {
 // errLost means that this worker must not settle the message any more.
 var errLost = errors.New("the partition is not this worker's any more")
 
+// errUnconfirmed means that the server does not answer an ack.
+var errUnconfirmed = errors.New("the server does not confirm the ack")
+
 // store runs f, which writes to or reads from the server, until it succeeds.
 // The message stays unsettled meanwhile and the server is told that it is
 // being worked on: the answer in hand is worth waiting for. It gives up when
@@ -309,7 +312,7 @@ func (w *Worker) store(p *partition, d *delivery, f func(context.Context) error)
 		switch {
 		case err == nil:
 			return nil
-		case errors.Is(err, errClaimed) || w.settleCtx.Err() != nil:
+		case errors.Is(err, errClaimed) || errors.Is(err, errUnconfirmed) || w.settleCtx.Err() != nil:
 			return err
 		case !p.lease.holds(time.Now()):
 			return errLost
@@ -322,13 +325,20 @@ func (w *Worker) store(p *partition, d *delivery, f func(context.Context) error)
 	}
 }
 
+// acks is how often an ack is sent that is not confirmed.
+const acks = 4
+
 // ack settles d for good. An ack that is not confirmed may have got lost, so
-// it is sent again; should the message come back all the same, its outcome is
-// found.
+// it is sent again, though not for ever: a server that was restarted may know
+// nothing of the delivery any more. Should the message come back, its outcome
+// is found.
 func (w *Worker) ack(p *partition, d *delivery) {
+	sent := 0
 	err := w.store(p, d, func(ctx context.Context) error {
-		_, err := w.nc.RequestWithContext(ctx, d.msg.Reply, ackPayload)
-		if err != nil {
+		if sent++; sent > acks {
+			return errUnconfirmed
+		}
+		if _, err := w.nc.RequestWithContext(ctx, d.msg.Reply, ackPayload); err != nil {
 			return fmt.Errorf("ack: %w", err)
 		}
 		return nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -17,7 +18,7 @@ server (in a process of its own), its own API, and prints a table and one line
 of JSON.`,
 		Args: cobra.NoArgs,
 	}
-	cmd.AddCommand(benchIsolationCommand(), benchLimitsCommand(), benchMemoryCommand(), benchServerCommand())
+	cmd.AddCommand(benchIsolationCommand(), benchLimitsCommand(), benchMemoryCommand(), benchThroughputCommand(), benchServerCommand(), benchJobCommand())
 	return cmd
 }
 
@@ -28,8 +29,8 @@ func newBench(cmd *cobra.Command) (*bench.Bench, error) {
 		return nil, err
 	}
 	return &bench.Bench{
-		ServerCommand: []string{self, "bench", "server"},
-		Out:           cmd.OutOrStdout(), Progress: cmd.ErrOrStderr(),
+		ServerCommand: []string{self, "bench", "server"}, JobCommand: []string{self, "bench", "job"},
+		Out: cmd.OutOrStdout(), Progress: cmd.ErrOrStderr(),
 	}, nil
 }
 
@@ -117,4 +118,46 @@ func benchMemoryCommand() *cobra.Command {
 	flags.IntVar(&o.Others, "others", o.Others, "requests of others, behind them in the same partition")
 	flags.IntVar(&o.Idle, "idle", o.Idle, "`seconds` for which the server is watched while they wait")
 	return cmd
+}
+
+func benchThroughputCommand() *cobra.Command {
+	o := bench.DefaultThroughput()
+	cmd := &cobra.Command{
+		Use:   "throughput",
+		Short: "What protection costs: the worker beside a bare loop that does nothing else",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			b, err := newBench(cmd)
+			if err != nil {
+				return err
+			}
+			return b.Throughput(cmd.Context(), o)
+		},
+	}
+	flags := cmd.Flags()
+	flags.IntVar(&o.Runs, "runs", o.Runs, "pairs of runs, each process its own; the median counts")
+	flags.IntVar(&o.Messages, "messages", o.Messages, "requests in a run")
+	flags.IntVar(&o.Creators, "creators", o.Creators, "creators")
+	flags.IntVar(&o.Partitions, "partitions", o.Partitions, "partitions")
+	flags.IntVar(&o.InFlight, "in-flight", o.InFlight, "calls at once")
+	flags.IntVar(&o.Body, "body", o.Body, "bytes of an answer")
+	flags.DurationVar(&o.Latency, "latency", o.Latency, "of the API")
+	flags.BoolVar(&o.Added, "added", o.Added, "measure the time from publishing to the call, too")
+	return cmd
+}
+
+func benchJobCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "job JSON",
+		Short:  "Do one run of a benchmark",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var j bench.Job
+			if err := json.Unmarshal([]byte(args[0]), &j); err != nil {
+				return exitError{exitUsage, err}
+			}
+			return bench.RunJob(cmd.Context(), j, cmd.OutOrStdout())
+		},
+	}
 }

@@ -326,9 +326,42 @@ func (f *fleet) settled(within time.Duration) {
 			return
 		}
 		if time.Since(began) > within {
+			f.dump()
 			f.t.Fatalf("%d of %d requests have no outcome: %v (%v)", len(missing), len(acked), missing[:min(5, len(missing))], err)
 		}
 		time.Sleep(250 * time.Millisecond)
+	}
+}
+
+// dump shows where requests are that do not come through.
+func (f *fleet) dump() {
+	ctx, cancel := context.WithTimeout(f.t.Context(), 10*time.Second)
+	defer cancel()
+	if kv, err := f.js.KeyValue(ctx, "OWNERS"); err == nil {
+		owners, err := consumer.Owners(ctx, kv)
+		f.t.Logf("owners: %+v, %v", owners, err)
+	}
+	if s, err := f.js.Stream(ctx, "REQUESTS"); err == nil {
+		info, err := s.Info(ctx, jetstream.WithSubjectFilter(">"))
+		if err == nil {
+			f.t.Logf("REQUESTS: %d stored, %v", info.State.Msgs, info.State.Subjects)
+		}
+		list := s.ListConsumers(ctx)
+		for c := range list.Info() {
+			if c.NumPending > 0 || c.NumAckPending > 0 {
+				f.t.Logf("%s: %d pending, %d waiting for an ack, %d redelivered, %d pulls, ack floor %+v, delivered %+v", c.Name, c.NumPending, c.NumAckPending, c.NumRedelivered, c.NumWaiting, c.AckFloor, c.Delivered)
+			}
+		}
+	}
+	for name := range f.workers {
+		log, _ := os.ReadFile(filepath.Join(f.dir, name+".log"))
+		var lines []string
+		for line := range strings.Lines(string(log)) {
+			if !strings.Contains(line, `"outcome":"result"`) {
+				lines = append(lines, line)
+			}
+		}
+		f.t.Logf("%s:\n%s", name, strings.Join(lines[max(0, len(lines)-60):], ""))
 	}
 }
 

@@ -36,6 +36,7 @@ type Bench struct {
 	// ServerCommand starts ServeNATS in a process of its own: its figures must
 	// not be mixed with the worker's.
 	ServerCommand []string
+	JobCommand    []string  // does a Job in a process of its own
 	Out           io.Writer // tables and JSON
 	Progress      io.Writer
 }
