@@ -139,7 +139,8 @@ func benchThroughputCommand() *cobra.Command {
 	flags.IntVar(&o.Messages, "messages", o.Messages, "requests in a run")
 	flags.IntVar(&o.Creators, "creators", o.Creators, "creators")
 	flags.IntVar(&o.Partitions, "partitions", o.Partitions, "partitions")
-	flags.IntVar(&o.InFlight, "in-flight", o.InFlight, "calls at once")
+	flags.IntVar(&o.Workers, "workers", o.Workers, "processes that share the work")
+	flags.IntVar(&o.InFlight, "in-flight", o.InFlight, "calls at once, of each worker")
 	flags.IntVar(&o.Body, "body", o.Body, "bytes of an answer")
 	flags.DurationVar(&o.Latency, "latency", o.Latency, "of the API")
 	flags.BoolVar(&o.Added, "added", o.Added, "measure the time from publishing to the call, too")
@@ -157,7 +158,7 @@ func benchJobCommand() *cobra.Command {
 			if err := json.Unmarshal([]byte(args[0]), &j); err != nil {
 				return exitError{exitUsage, err}
 			}
-			return bench.RunJob(cmd.Context(), j, cmd.OutOrStdout())
+			return bench.RunJob(cmd.Context(), j, cmd.InOrStdin(), cmd.OutOrStdout())
 		},
 	}
 }

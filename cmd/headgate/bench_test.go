@@ -12,6 +12,7 @@ func TestBench(t *testing.T) {
 	for _, args := range []string{
 		"isolation --runs 1 --creators 20 --requests 200 --trouble 50 --hanging 5 --latency 1ms --timeout 1s",
 		"limits --requests 60 --rate 50 --burst 20 --creators 2 --account-rate 20 --account-burst 5 --account-seconds 2 --latency 1ms",
+		"throughput --runs 1 --messages 200 --creators 20 --partitions 4 --latency 1ms",
 		"memory --creators 200 --backlog 1000 --others 100 --idle 1",
 	} {
 		name, _, _ := strings.Cut(args, " ")

@@ -353,15 +353,30 @@ func (f *fleet) dump() {
 			}
 		}
 	}
-	for name := range f.workers {
+	for name, cmd := range f.workers {
 		log, _ := os.ReadFile(filepath.Join(f.dir, name+".log"))
+		if _, rest, ok := strings.Cut(string(log), `"admin":"`); ok {
+			admin, _, _ := strings.Cut(rest, `"`)
+			if resp, err := http.Get("http://" + admin + "/metrics"); err == nil {
+				metrics, _ := io.ReadAll(resp.Body)
+				_ = resp.Body.Close()
+				for line := range strings.Lines(string(metrics)) {
+					if strings.HasPrefix(line, "headgate_") && !strings.Contains(line, "_bucket") && !strings.HasSuffix(line, " 0\n") {
+						f.t.Log(name + ": " + strings.TrimSpace(line))
+					}
+				}
+			}
+		}
+		_ = cmd.Process.Signal(syscall.SIGQUIT) // its goroutines
+		_ = cmd.Wait()
+		log, _ = os.ReadFile(filepath.Join(f.dir, name+".log"))
 		var lines []string
 		for line := range strings.Lines(string(log)) {
 			if !strings.Contains(line, `"outcome":"result"`) {
 				lines = append(lines, line)
 			}
 		}
-		f.t.Logf("%s:\n%s", name, strings.Join(lines[max(0, len(lines)-60):], ""))
+		f.t.Logf("%s:\n%s", name, strings.Join(lines[max(0, len(lines)-600):], ""))
 	}
 }
 

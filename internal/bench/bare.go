@@ -29,7 +29,6 @@ type bare struct {
 	client   *http.Client
 	url      string
 	inFlight chan struct{}
-	done     atomic.Int64
 	failed   atomic.Int64
 	calls    sync.WaitGroup
 }
@@ -49,8 +48,8 @@ func newBare(nc *nats.Conn, url string, inFlight int) (*bare, error) {
 	}, nil
 }
 
-// run works until n requests are done.
-func (b *bare) run(ctx context.Context, partitions int, n int64) error {
+// run works until ctx ends.
+func (b *bare) run(ctx context.Context, partitions int) error {
 	window := min(max(cap(b.inFlight)/partitions, 8), 256)
 	for p := range partitions {
 		next := fmt.Sprintf("$JS.API.CONSUMER.MSG.NEXT.REQUESTS.%s", publisher.ConsumerName(p))
@@ -77,11 +76,10 @@ func (b *bare) run(ctx context.Context, partitions int, n int64) error {
 			b.calls.Add(1)
 			go func() {
 				defer b.calls.Done()
-				if err := b.work(ctx, m); err != nil {
+				if err := b.work(context.WithoutCancel(ctx), m); err != nil {
 					b.failed.Add(1)
 				}
 				<-b.inFlight
-				b.done.Add(1)
 			}()
 			_ = ask()
 		})
@@ -93,14 +91,12 @@ func (b *bare) run(ctx context.Context, partitions int, n int64) error {
 			return err
 		}
 	}
-	for b.done.Load() < n && ctx.Err() == nil {
-		time.Sleep(2 * time.Millisecond)
-	}
+	<-ctx.Done()
 	b.calls.Wait()
 	if failed := b.failed.Load(); failed > 0 {
 		return fmt.Errorf("the bare loop failed %d times", failed)
 	}
-	return ctx.Err()
+	return nil
 }
 
 func (b *bare) work(ctx context.Context, m *nats.Msg) error {

@@ -45,7 +45,8 @@ type Bench struct {
 const creatorHeader = "x-creator"
 
 // ServeNATS runs a server on a folder until in ends. It writes its URL and
-// that of its figures.
+// that of its figures, and then, for each line, the seconds of CPU time that it
+// has used.
 func ServeNATS(dir string, in io.Reader, out io.Writer) error {
 	s, err := natsserver.Start(natsserver.Config{Dir: dir, Listen: "127.0.0.1:0", Monitor: true})
 	if err != nil {
@@ -55,8 +56,14 @@ func ServeNATS(dir string, in io.Reader, out io.Writer) error {
 	if _, err := fmt.Fprintf(out, "%s %s\n", s.URL(), s.MonitorURL()); err != nil {
 		return err
 	}
-	_, err = io.Copy(io.Discard, in)
-	return err
+	lines := bufio.NewScanner(in)
+	for lines.Scan() {
+		cpu, _ := usage()
+		if _, err := fmt.Fprintln(out, cpu.Seconds()); err != nil {
+			return err
+		}
+	}
+	return lines.Err()
 }
 
 // stand is one set-up: a fresh server and an API.
@@ -65,7 +72,8 @@ type stand struct {
 	dir      string
 	server   *exec.Cmd
 	url      string
-	stdin    io.Closer
+	stdin    io.WriteCloser
+	stdout   *bufio.Reader
 	nc       *nats.Conn
 	js       jetstream.JetStream
 	monitor  string
@@ -97,7 +105,8 @@ func (b *Bench) stand(ctx context.Context, topology publisher.Topology, handler 
 	if err = s.server.Start(); err != nil {
 		return s, fmt.Errorf("start the NATS server: %w", err)
 	}
-	line, err := bufio.NewReader(stdout).ReadString('\n')
+	s.stdout = bufio.NewReader(stdout)
+	line, err := s.stdout.ReadString('\n')
 	if err != nil {
 		return s, fmt.Errorf("start the NATS server: %w", err)
 	}
@@ -119,6 +128,15 @@ func (b *Bench) stand(ctx context.Context, topology publisher.Topology, handler 
 	s.http = &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = s.http.Serve(l) }()
 	return s, nil
+}
+
+// cpu is how many seconds of CPU time the server has used.
+func (s *stand) cpu() (seconds float64, err error) {
+	if _, err := fmt.Fprintln(s.stdin); err != nil {
+		return 0, err
+	}
+	_, err = fmt.Fscanln(s.stdout, &seconds)
+	return seconds, err
 }
 
 func (s *stand) close() {

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,6 +29,7 @@ import (
 // Throughput says what there is to do.
 type Throughput struct {
 	Runs       int
+	Workers    int
 	Messages   int
 	Creators   int
 	Partitions int
@@ -39,74 +41,81 @@ type Throughput struct {
 
 // DefaultThroughput takes about a minute.
 func DefaultThroughput() Throughput {
-	return Throughput{Runs: 5, Messages: 20_000, Creators: 1000, Partitions: 32, InFlight: 256, Body: 1024, Added: true}
+	return Throughput{Runs: 5, Workers: 1, Messages: 20_000, Creators: 1000, Partitions: 32, InFlight: 256, Body: 1024, Added: true}
 }
 
-// Job is what a process of its own does: one run of the worker or of the bare loop.
+// Job is what a process of its own does: it works as the worker or as the bare
+// loop.
 type Job struct {
 	Kind       string // "headgate" or "bare"
+	Name       string
 	Server     string
 	API        string
 	Partitions int
 	InFlight   int
-	Messages   int64
 }
 
-// Usage is what a run took.
+// Usage is what a job took.
 type Usage struct {
-	Seconds  float64 `json:"seconds"`
-	CPU      float64 `json:"cpu_s"`
-	Mallocs  uint64  `json:"mallocs"`
-	PeakRSS  float64 `json:"peak_rss_mb"`
-	Messages int64   `json:"messages"`
+	CPU     float64 `json:"cpu_s"`
+	Mallocs uint64  `json:"mallocs"`
+	PeakRSS float64 `json:"peak_rss_mb"`
 }
 
-// RunJob does a job and writes its usage.
-func RunJob(ctx context.Context, j Job, out io.Writer) error {
+// RunJob does a job until in ends, and then writes its usage.
+func RunJob(ctx context.Context, j Job, in io.Reader, out io.Writer) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		_, _ = io.Copy(io.Discard, in)
+		cancel()
+	}()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	cpu, _ := usage()
+	var err error
+	if j.Kind == "bare" {
+		err = runBare(ctx, j)
+	} else {
+		err = runHeadgate(ctx, j)
+	}
+	if err != nil {
+		return err
+	}
+	used, peak := usage()
+	runtime.ReadMemStats(&after)
+	return json.NewEncoder(out).Encode(Usage{CPU: (used - cpu).Seconds(), Mallocs: after.Mallocs - before.Mallocs, PeakRSS: peak})
+}
+
+func runBare(ctx context.Context, j Job) error {
 	nc, err := nats.Connect(j.Server)
 	if err != nil {
 		return err
 	}
 	defer nc.Close()
-	var work func() error
-	if j.Kind == "bare" {
-		b, err := newBare(nc, j.API, j.InFlight)
-		if err != nil {
-			return err
-		}
-		work = func() error { return b.run(ctx, j.Partitions, j.Messages) }
-	} else {
-		s := &stand{url: j.Server, baseURL: j.API, topology: publisher.Topology{Partitions: j.Partitions}.WithDefaults()}
-		metrics := telemetry.NewMetrics()
-		work = func() error {
-			w, stop, err := s.work(ctx, 10*time.Second, func(c *consumer.Config) {
-				c.Gates.InFlight = j.InFlight
-				c.Observer = metrics
-				// At defaults all protection is on; so is a log that somebody keeps.
-				c.Log = zerolog.New(io.Discard).Level(zerolog.InfoLevel).With().Timestamp().Logger()
-			})
-			if err != nil {
-				return err
-			}
-			for w.Stats().Results < j.Messages && ctx.Err() == nil {
-				time.Sleep(2 * time.Millisecond)
-			}
-			return stop()
-		}
-	}
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	cpu, _ := usage()
-	began := time.Now()
-	if err := work(); err != nil {
+	b, err := newBare(nc, j.API, j.InFlight)
+	if err != nil {
 		return err
 	}
-	u := Usage{Seconds: time.Since(began).Seconds(), Messages: j.Messages}
-	runtime.ReadMemStats(&after)
-	u.Mallocs = after.Mallocs - before.Mallocs
-	used, peak := usage()
-	u.CPU, u.PeakRSS = (used - cpu).Seconds(), peak
-	return json.NewEncoder(out).Encode(u)
+	return b.run(ctx, j.Partitions)
+}
+
+func runHeadgate(ctx context.Context, j Job) error {
+	s := &stand{url: j.Server, baseURL: j.API, topology: publisher.Topology{Partitions: j.Partitions}.WithDefaults()}
+	metrics := telemetry.NewMetrics()
+	w, stop, err := s.work(context.WithoutCancel(ctx), 10*time.Second, func(c *consumer.Config) {
+		c.Name = j.Name
+		c.Gates.InFlight = j.InFlight
+		c.Observer = metrics
+		// A log that somebody keeps, as by default.
+		c.Log = zerolog.New(io.Discard).Level(zerolog.InfoLevel).With().Timestamp().Logger()
+	})
+	if err != nil {
+		return err
+	}
+	metrics.Watch(w.Snapshot)
+	<-ctx.Done()
+	return stop()
 }
 
 // usage is this process's CPU time, and its peak resident memory in MB.
@@ -122,28 +131,67 @@ func usage() (cpu time.Duration, peak float64) {
 	return time.Duration(r.Utime.Nano() + r.Stime.Nano()), peak
 }
 
-// one is one run in a process of its own, on a fresh server.
-func (b *Bench) one(ctx context.Context, o Throughput, kind string) (u Usage, err error) {
+// run is what one run came to.
+type run struct {
+	Usage
+	seconds   float64 // from the first call to the last result
+	serverCPU float64
+	messages  int
+}
+
+// one is one run: processes of their own, on a fresh server.
+func (b *Bench) one(ctx context.Context, o Throughput, kind string) (r run, err error) {
 	body := make([]byte, max(o.Body, 2))
 	for i := range body {
 		body[i] = ' '
 	}
 	body[0], body[len(body)-1] = '{', '}'
+	var first sync.Once
+	var began time.Time
 	s, err := b.stand(ctx, publisher.Topology{Partitions: o.Partitions}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		first.Do(func() { began = time.Now() })
 		_, _ = io.Copy(io.Discard, r.Body)
 		sleep(r.Context(), o.Latency)
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(body)
 	}))
 	if err != nil {
-		return u, err
+		return r, err
 	}
 	defer s.close()
-	if err := s.publish(creators(o.Creators), func(string) int { return o.Messages / o.Creators }); err != nil {
-		return u, err
+	each := o.Messages / o.Creators
+	r.messages = each * o.Creators
+	if err := s.publish(creators(o.Creators), func(string) int { return each }); err != nil {
+		return r, err
 	}
-	n := int64(o.Messages / o.Creators * o.Creators)
-	return b.job(ctx, Job{Kind: kind, Server: s.url, API: s.baseURL, Partitions: o.Partitions, InFlight: o.InFlight, Messages: n})
+	before, err := s.cpu()
+	if err != nil {
+		return r, err
+	}
+	jobs, err := b.start(ctx, o, kind, s)
+	if err != nil {
+		return r, err
+	}
+	if err := s.results(ctx, r.messages); err != nil {
+		return r, errors.Join(err, jobs.stop(&r.Usage))
+	}
+	r.seconds = time.Since(began).Seconds()
+	after, err := s.cpu()
+	r.serverCPU = after - before
+	return r, errors.Join(err, jobs.stop(&r.Usage))
+}
+
+// results waits until n are stored.
+func (s *stand) results(ctx context.Context, n int) error {
+	stream, err := s.js.Stream(ctx, s.topology.Namespace.Stream(publisher.Results))
+	if err != nil {
+		return err
+	}
+	return await(ctx, time.Hour, fmt.Sprintf("%d results", n), func() (bool, error) {
+		time.Sleep(8 * time.Millisecond)
+		info, err := stream.Info(ctx)
+		return err == nil && int(info.State.Msgs) >= n, err
+	})
 }
 
 func creators(n int) []string {
@@ -154,23 +202,59 @@ func creators(n int) []string {
 	return names
 }
 
-func (b *Bench) job(ctx context.Context, j Job) (u Usage, err error) {
-	spec, err := json.Marshal(j)
-	if err != nil {
-		return u, err
+// jobs are processes that work.
+type jobs []*job
+
+type job struct {
+	cmd *exec.Cmd
+	in  io.Closer
+	out bytes.Buffer
+}
+
+func (b *Bench) start(ctx context.Context, o Throughput, kind string, s *stand) (all jobs, err error) {
+	for n := range o.Workers {
+		spec, err := json.Marshal(Job{
+			Kind: kind, Name: fmt.Sprintf("bench-%d", n+1), Server: s.url, API: s.baseURL,
+			Partitions: o.Partitions, InFlight: o.InFlight,
+		})
+		if err != nil {
+			return nil, err
+		}
+		j := &job{cmd: exec.CommandContext(ctx, b.JobCommand[0], append(slices.Clone(b.JobCommand[1:]), string(spec))...)}
+		j.cmd.Stdout, j.cmd.Stderr = &j.out, os.Stderr
+		if j.in, err = j.cmd.StdinPipe(); err != nil {
+			return nil, err
+		}
+		if err := j.cmd.Start(); err != nil {
+			return nil, fmt.Errorf("start %s: %w", kind, err)
+		}
+		all = append(all, j)
 	}
-	cmd := exec.CommandContext(ctx, b.JobCommand[0], append(slices.Clone(b.JobCommand[1:]), string(spec))...)
-	cmd.Stderr = os.Stderr
-	out, err := cmd.Output()
-	if err != nil {
-		return u, fmt.Errorf("run %s: %w", j.Kind, err)
+	return all, nil
+}
+
+// stop ends them and adds up what they took.
+func (all jobs) stop(u *Usage) error {
+	for _, j := range all {
+		_ = j.in.Close()
 	}
-	return u, json.Unmarshal(out, &u)
+	for _, j := range all {
+		if err := j.cmd.Wait(); err != nil {
+			return fmt.Errorf("run %v: %w", j.cmd.Args, err)
+		}
+		var one Usage
+		if err := json.Unmarshal(j.out.Bytes(), &one); err != nil {
+			return err
+		}
+		u.CPU, u.Mallocs, u.PeakRSS = u.CPU+one.CPU, u.Mallocs+one.Mallocs, u.PeakRSS+one.PeakRSS
+	}
+	return nil
 }
 
 type throughputFigures struct {
 	PerSecond   float64 `json:"messages_per_s"`
 	CPU         float64 `json:"cpu_s_per_1000"`
+	ServerCPU   float64 `json:"server_cpu_s_per_1000"`
 	Allocations float64 `json:"allocations_per_message"`
 	PeakRSS     float64 `json:"peak_rss_mb"`
 	P50         float64 `json:"added_p50_ms"`
@@ -187,12 +271,12 @@ func (b *Bench) Throughput(ctx context.Context, o Throughput) error {
 	for n := range o.Runs {
 		pair := map[string]throughputFigures{}
 		for _, kind := range []string{"bare", "headgate"} {
-			u, err := b.one(ctx, o, kind)
+			r, err := b.one(ctx, o, kind)
 			if err != nil {
 				return err
 			}
-			m := float64(u.Messages)
-			f := throughputFigures{PerSecond: m / u.Seconds, CPU: 1000 * u.CPU / m, Allocations: float64(u.Mallocs) / m, PeakRSS: u.PeakRSS}
+			m := float64(r.messages)
+			f := throughputFigures{PerSecond: m / r.seconds, CPU: 1000 * r.CPU / m, ServerCPU: 1000 * r.serverCPU / m, Allocations: float64(r.Mallocs) / m, PeakRSS: r.PeakRSS}
 			pair[kind] = f
 			all[kind] = append(all[kind], f)
 		}
@@ -213,6 +297,7 @@ func (b *Bench) Throughput(ctx context.Context, o Throughput) error {
 		figures[kind] = &throughputFigures{
 			PerSecond:   middle(kind, func(f throughputFigures) float64 { return f.PerSecond }),
 			CPU:         middle(kind, func(f throughputFigures) float64 { return f.CPU }),
+			ServerCPU:   middle(kind, func(f throughputFigures) float64 { return f.ServerCPU }),
 			Allocations: middle(kind, func(f throughputFigures) float64 { return f.Allocations }),
 			PeakRSS:     middle(kind, func(f throughputFigures) float64 { return f.PeakRSS }),
 		}
@@ -238,6 +323,7 @@ func (b *Bench) Throughput(ctx context.Context, o Throughput) error {
 	}
 	row("messages/s", "%.0f", y.PerSecond, h.PerSecond, speed)
 	row("CPU s per 1,000", "%.3f", y.CPU, h.CPU, cpu)
+	row("the server's", "%.3f", y.ServerCPU, h.ServerCPU, nil)
 	row("allocations per message", "%.0f", y.Allocations, h.Allocations, allocations)
 	row("peak RSS, MB", "%.0f", y.PeakRSS, h.PeakRSS, memory)
 	if o.Added {
@@ -272,12 +358,11 @@ func (b *Bench) added(ctx context.Context, o Throughput, kind string, perSecond 
 	}
 	defer s.close()
 	n := int(min(perSecond*5, 30_000))
-	ended := make(chan error, 1)
-	go func() {
-		_, err := b.job(ctx, Job{Kind: kind, Server: s.url, API: s.baseURL, Partitions: o.Partitions, InFlight: o.InFlight, Messages: int64(n)})
-		ended <- err
-	}()
-	if !sleep(ctx, time.Second) { // until it pulls
+	jobs, err := b.start(ctx, o, kind, s)
+	if err != nil {
+		return 0, 0, err
+	}
+	if !sleep(ctx, 2*time.Second) { // until it pulls
 		return 0, 0, ctx.Err()
 	}
 	fmt.Fprintf(b.Progress, "%s: %d messages at %.0f/s\n", kind, n, perSecond)
@@ -294,7 +379,8 @@ func (b *Bench) added(ctx context.Context, o Throughput, kind string, perSecond 
 			return 0, 0, err
 		}
 	}
-	if err := <-ended; err != nil {
+	var u Usage
+	if err := errors.Join(s.results(ctx, n), jobs.stop(&u)); err != nil {
 		return 0, 0, err
 	}
 	mu.Lock()
