@@ -69,13 +69,11 @@ func (b *budget) lease(ctx context.Context, n int) (granted int, until, next tim
 		} else {
 			revision, err = b.kv.Update(ctx, budgetAccount, value, b.revision)
 		}
-		var api *jetstream.APIError
 		switch {
 		case err == nil:
 			b.revision, b.tat = revision, tat
 			return granted, now.Add(b.rate.LeaseLife()), time.Time{}, nil
-		case errors.Is(err, jetstream.ErrKeyExists),
-			errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence:
+		case writtenBetween(err):
 			if err := b.read(ctx); err != nil {
 				return 0, time.Time{}, time.Time{}, err
 			}

@@ -85,18 +85,27 @@ func (l *lease) put(ctx context.Context) (err error) {
 			l.revision = revision
 		}
 	}
-	var api *jetstream.APIError
 	switch {
 	case err == nil:
 		until := sent.Add(leaseTTL - leaseMargin)
 		l.until.Store(&until)
 		return nil
-	case errors.Is(err, jetstream.ErrKeyExists),
-		errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence:
+	case writtenBetween(err):
 		return l.adopt(ctx)
 	}
 	return fmt.Errorf("renew %s: %w", l.key, err)
 }
+
+// writtenBetween reports whether a compare-and-set failed because the key is, or is just being,
+// written by somebody else.
+func writtenBetween(err error) bool {
+	var api *jetstream.APIError
+	return errors.Is(err, jetstream.ErrKeyExists) ||
+		errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == codeInFlight)
+}
+
+// codeInFlight: a clustered stream has another write to the same subject in flight.
+const codeInFlight = 10164
 
 // adopt takes up a claim of this worker's whose confirmation got lost, to be
 // confirmed by the next renewal; any other one ends the lease.

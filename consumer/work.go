@@ -20,7 +20,7 @@ import (
 // the message is settled, so that a server that cannot store results slows
 // the worker down instead of filling its memory.
 func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.Permit) {
-	ended := false
+	ended, pumped := false, false
 	end := func(o resilience.Outcome) resilience.Change {
 		ended = true
 		return permit.End(time.Now(), o)
@@ -36,6 +36,9 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 				fmt.Sprintf("handling the request panicked: %v", r), 0)
 		}
 		permit.Close()
+		if !pumped {
+			p.pump(c) // others may wait for this slot, whatever came of it
+		}
 		w.feed()
 	}()
 
@@ -91,6 +94,7 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 	}
 	w.changed(p, c, end(health(failure, failed)))
 	p.pump(c)
+	pumped = true
 
 	switch v.fate {
 	case succeed:

@@ -639,3 +639,29 @@ func TestBacklogOfAHeldCreator(t *testing.T) {
 		t.Errorf("%d calls for %d requests", n, backlog)
 	}
 }
+
+// A lease that lapses while calls are in flight, and is renewed after all, as in
+// a short outage of the servers, leaves nobody waiting for what has ended.
+func TestLeaseLapses(t *testing.T) {
+	natsservertest.Simulate(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) { c.Gates.Creator.Concurrency = 1 })
+		lapse := make(chan struct{})
+		r.api = func(context.Context, *publisher.Request) classify.Answer {
+			<-lapse
+			return ok()
+		}
+		w, stop := r.work()
+		defer stop()
+		r.publish("alice", 20)
+		for len(r.called("alice")) == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		past := time.Now().Add(-time.Second)
+		for _, p := range w.partitions {
+			p.lease.until.Store(&past)
+		}
+		close(lapse)
+		r.await(2*time.Minute, "RESULTS", "results.alice.>", 20)
+		r.once("alice", 20)
+	})
+}
