@@ -105,6 +105,8 @@ type Answer struct {
 	// Err is the transport error when there was no answer, or when it broke
 	// off: half a success is none, but the status of a failure still counts.
 	Err error
+	// Credentials numbers those that the call was made with, for whoever renews them.
+	Credentials uint64
 }
 
 // Failure is the meaning of an answer that is not a success.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -59,6 +60,25 @@ func transportOf(err error) transport {
 		return unreachable
 	}
 	return noAnswer
+}
+
+// Uncertain reports whether the API may have done what it was asked although there is
+// no answer of its own: the connection broke after it was made, or a gateway gave
+// up waiting.
+func (a Answer) Uncertain() bool {
+	switch a.Status {
+	case 0:
+	case http.StatusBadGateway, http.StatusGatewayTimeout:
+		return true
+	default:
+		return false
+	}
+	var op *net.OpError
+	switch transportOf(a.Err) {
+	case dns, refused, tlsFailed, unreachable:
+		return false
+	}
+	return !errors.As(a.Err, &op) || op.Op != "dial"
 }
 
 func isTLS(err error) bool {

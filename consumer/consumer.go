@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,12 +36,24 @@ type API interface {
 	Prepare(*publisher.Request) (call func(context.Context) classify.Answer, err error)
 }
 
+// Refresher is an API whose credentials can be renewed.
+type Refresher interface {
+	// Refresh renews the credentials with which a call was refused, once however
+	// many calls were. It reports false if they cannot be renewed, and an error if
+	// that is not known.
+	Refresh(ctx context.Context, refused classify.Answer) (bool, error)
+}
+
 // Operation is what a worker has to know of one kind of request.
 type Operation struct {
 	Kind resilience.Kind
 	// NotFoundEmpty: nothing found is an empty result, not a failure.
 	NotFoundEmpty bool
-	Retry         Retry
+	// NotIdempotent: to call it twice does harm. When it is not known whether a call
+	// was made the request is a dead letter, UNCERTAIN, unless RetryUncertain.
+	NotIdempotent  bool
+	RetryUncertain bool
+	Retry          Retry
 
 	name string
 }
@@ -118,6 +129,7 @@ type Worker struct {
 	calls      sync.WaitGroup
 	near       atomic.Int64 // messages waiting in this worker
 	lines      [3]line      // creators that wait for what they share
+	suspects   suspects
 
 	callCtx   context.Context // of calls
 	settleCtx context.Context // of what must be done once a call was made
@@ -183,7 +195,7 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	window := min(max(cfg.Gates.InFlight/cfg.Topology.Partitions, 8), 256)
 	for n := range cfg.Topology.Partitions {
 		p := &partition{w: w, number: n, here: make(map[uint64]*delivery)}
-		p.lease = lease{kv: buckets[publisher.Owners], key: memberPartition + strconv.Itoa(n)}
+		p.lease = newLease(buckets[publisher.Owners], n)
 		p.puller = puller{
 			nc: nc, window: window, receive: p.receive,
 			next: fmt.Sprintf("%sCONSUMER.MSG.NEXT.%s.%s", api, w.requests, publisher.ConsumerName(n)),
@@ -252,6 +264,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	keepers.Go(func() error { w.watchBacklog(keepCtx); return nil })
 	keepers.Go(func() error { w.own(keepCtx, ctx.Done()); return nil })
 	keepers.Go(func() error { w.tick(keepCtx); return nil })
+	keepers.Go(func() error { w.count(keepCtx); return nil })
 	<-ctx.Done()
 
 	w.log.Info().Int("in_flight", w.gates.InFlight()).Dur("grace_ms", w.cfg.Grace).Msg("stopping: no more messages are taken")
@@ -364,9 +377,7 @@ func (w *Worker) tick(ctx context.Context) {
 		for _, p := range w.partitions {
 			p.extend(now)
 			if rebind || p.puller.silent(now) {
-				if err := p.rebind(); err != nil {
-					w.log.Warn().Err(err).Int("partition", p.number).Msg("cannot pull; trying again")
-				}
+				p.rebind(ctx)
 			}
 			p.pull()
 			if sweep {
@@ -418,6 +429,9 @@ func (w *Worker) prepare(req *publisher.Request) (Operation, func(context.Contex
 // reply answers a delivery without waiting for the server. What gets lost is
 // made up for by AckWait.
 func (w *Worker) reply(subject string, payload []byte) {
+	if subject == "" {
+		return // no delivery: the sweeper found it, and will find it again
+	}
 	if err := w.nc.Publish(subject, payload); err != nil {
 		w.log.Debug().Err(err).Msg("answer a delivery")
 	}

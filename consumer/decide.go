@@ -55,6 +55,7 @@ type outcome struct {
 	throttled int // calls so far that were, this one included
 	// providerFailing: enough creators fail to believe in an outage.
 	providerFailing bool
+	uncertain       bool          // the API may have done what must not be done twice
 	window          time.Duration // for which the API says that no calls are left; 0: it does not
 	now             time.Time
 	random          float64 // in [0, 1)
@@ -68,6 +69,8 @@ type verdict struct {
 	reason string    // of a dead letter, for people
 	hold   *resilience.Hold
 	scope  classify.Scope // of hold
+
+	uncertain bool // bury: because nobody knows whether it was done
 }
 
 // decide is pure: the same outcome has the same verdict.
@@ -88,6 +91,9 @@ func decide(o outcome, op Operation) verdict {
 	switch attempts := allowed(f.Class, op.Retry); {
 	case !f.Retryable:
 		v.fate, v.reason = bury, "terminal: "+describe(f)
+	case o.uncertain && !op.RetryUncertain:
+		v.fate, v.uncertain = bury, true
+		v.reason = "it is not known whether the API did what it was asked: " + describe(f) + "; look there before it is replayed"
 	case f.Class.Throttled() && o.throttled > op.Retry.Throttled:
 		v.fate = bury
 		v.reason = fmt.Sprintf("throttled %d times, more than %d: %s", o.throttled, op.Retry.Throttled, describe(f))

@@ -25,12 +25,22 @@ type delivery struct {
 	op   Operation
 	call func(context.Context) classify.Answer // nil: to be prepared again
 
-	record  record // what LEDGER says of it
-	expires time.Time
-	waited  bool // has been given a turn
-	starved bool // waits for the worker's calls in flight alone
-	why     resilience.Refusal
+	record      record // what LEDGER says of it
+	expires     time.Time
+	waited      bool // has been given a turn
+	starved     bool // waits for the worker's calls in flight alone
+	unexplained bool // was another worker's when that vanished
+	alone       bool // is the one suspect that may be called
+	called      bool // in this delivery
+	refreshed   bool // the API's credentials were renewed for it
+	outcome     bool // is being stored, or is
+	panicked    bool
+	why         resilience.Refusal
 }
+
+// suspect reports whether the request was being called when its worker
+// vanished, and that not for the first time.
+func (d *delivery) suspect() bool { return d.record.Mark != nil }
 
 // parked is a message that was NAK'd until its turn.
 type parked struct {
@@ -40,6 +50,8 @@ type parked struct {
 	record record
 	own    bool // its turn is its own backoff, not the creator's
 	why    resilience.Refusal
+
+	unexplained bool
 }
 
 var (

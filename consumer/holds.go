@@ -44,6 +44,7 @@ type holds struct {
 
 	mu       sync.RWMutex
 	creators map[string]resilience.Hold
+	unsaved  map[string]resilience.Hold // by key: could not be stored yet
 }
 
 // storedHold is a hold as JSON in HOLDS.
@@ -104,6 +105,45 @@ func (hs *holds) of(creator string) (resilience.Hold, bool) {
 	return h, ok
 }
 
+// keep remembers a hold of a creator, wherever its partition goes meanwhile.
+func (hs *holds) keep(creator string, h resilience.Hold) {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	if old, there := hs.creators[creator]; !there || h.Outlasts(&old) {
+		hs.creators[creator] = h
+	}
+}
+
+// later stores a hold that could not be stored, with the next heartbeat.
+func (hs *holds) later(key string, h resilience.Hold) {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	if hs.unsaved == nil {
+		hs.unsaved = make(map[string]resilience.Hold)
+	}
+	if old, there := hs.unsaved[key]; !there || h.Outlasts(&old) {
+		hs.unsaved[key] = h
+	}
+}
+
+// save stores what could not be stored before.
+func (hs *holds) save(ctx context.Context, now time.Time) {
+	hs.mu.Lock()
+	unsaved := hs.unsaved
+	hs.unsaved = nil
+	hs.mu.Unlock()
+	for key, h := range unsaved {
+		if name, err := creatorOf(key); err == nil {
+			if newer, there := hs.of(name); there && newer.Outlasts(&h) {
+				continue
+			}
+		}
+		if h.Stands(now) && hs.store(ctx, key, h) != nil {
+			hs.later(key, h)
+		}
+	}
+}
+
 // store makes a hold durable and known to all workers.
 func (hs *holds) store(ctx context.Context, key string, h resilience.Hold) error {
 	value, err := encodeHold(h)
@@ -112,6 +152,11 @@ func (hs *holds) store(ctx context.Context, key string, h resilience.Hold) error
 	}
 	if _, err := hs.kv.Put(ctx, key, value); err != nil {
 		return fmt.Errorf("store hold %s: %w", key, err)
+	}
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	if old, there := hs.unsaved[key]; there && !old.Outlasts(&h) {
+		delete(hs.unsaved, key)
 	}
 	return nil
 }
@@ -127,6 +172,9 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	}
 
 	if entry.Operation() != jetstream.KeyValuePut {
+		hs.mu.Lock()
+		delete(hs.unsaved, key)
+		hs.mu.Unlock()
 		switch {
 		case isCreator:
 			hs.mu.Lock()
@@ -153,9 +201,7 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	}
 	switch {
 	case isCreator:
-		hs.mu.Lock()
-		hs.creators[name] = h
-		hs.mu.Unlock()
+		hs.keep(name, h)
 		for _, p := range w.partitions {
 			p.hold(name, h)
 		}

@@ -6,12 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"sync"
+	"strconv"
 	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/headgate-io/headgate/internal/failpoint"
 	"github.com/headgate-io/headgate/publisher"
 )
 
@@ -30,18 +31,30 @@ type lease struct {
 	key   string
 	until atomic.Pointer[time.Time]
 
-	mu       sync.Mutex // one at a time renews or releases
-	revision uint64     // 0: not held
-	value    []byte     // as stored
+	turn     chan struct{} // one at a time renews or releases
+	revision atomic.Uint64 // 0: not held
+	value    []byte        // as stored
 }
+
+func newLease(kv jetstream.KeyValue, partition int) lease {
+	return lease{kv: kv, key: memberPartition + strconv.Itoa(partition), turn: make(chan struct{}, 1)}
+}
+
+// lock waits for the end of what somebody else does with the server.
+func (l *lease) lock(ctx context.Context) error {
+	select {
+	case l.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s: %w", l.key, ctx.Err())
+	}
+}
+
+func (l *lease) unlock() { <-l.turn }
 
 // held reports whether the lease was claimed and has not been given up, even if
 // it may have run out.
-func (l *lease) held() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.revision != 0
-}
+func (l *lease) held() bool { return l.revision.Load() != 0 }
 
 // holds reports whether a call may be started now. Both clocks have to agree:
 // the monotonic one stands still while a machine is suspended, the other one
@@ -59,17 +72,21 @@ type storedLease struct {
 
 // claim takes a lease that nobody has. errTaken: somebody does.
 func (l *lease) claim(ctx context.Context, worker string) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+	if err := l.lock(ctx); err != nil {
+		return err
+	}
+	defer l.unlock()
 	l.value, _ = json.Marshal(storedLease{worker, time.Now().UTC().Truncate(time.Millisecond)})
 	return l.put(ctx)
 }
 
 // renew makes a lease longer that this worker has. errTaken: not any more.
 func (l *lease) renew(ctx context.Context) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.revision == 0 {
+	if err := l.lock(ctx); err != nil {
+		return err
+	}
+	defer l.unlock()
+	if !l.held() {
 		return nil // released in between
 	}
 	return l.put(ctx)
@@ -77,16 +94,15 @@ func (l *lease) renew(ctx context.Context) error {
 
 func (l *lease) put(ctx context.Context) (err error) {
 	sent := time.Now()
-	if l.revision == 0 {
-		l.revision, err = l.kv.Create(ctx, l.key, l.value)
+	var revision uint64
+	if before := l.revision.Load(); before == 0 {
+		revision, err = l.kv.Create(ctx, l.key, l.value)
 	} else {
-		var revision uint64
-		if revision, err = l.kv.Update(ctx, l.key, l.value, l.revision); err == nil {
-			l.revision = revision
-		}
+		revision, err = l.kv.Update(ctx, l.key, l.value, before)
 	}
 	switch {
 	case err == nil:
+		l.revision.Store(revision)
 		until := sent.Add(leaseTTL - leaseMargin)
 		l.until.Store(&until)
 		return nil
@@ -112,7 +128,7 @@ const codeInFlight = 10164
 func (l *lease) adopt(ctx context.Context) error {
 	entry, err := l.kv.Get(ctx, l.key)
 	if err == nil && bytes.Equal(entry.Value(), l.value) {
-		l.revision = entry.Revision()
+		l.revision.Store(entry.Revision())
 		return fmt.Errorf("renew %s: a renewal was not confirmed", l.key)
 	}
 	l.lost()
@@ -122,19 +138,24 @@ func (l *lease) adopt(ctx context.Context) error {
 var errTaken = errors.New("the partition belongs to another worker")
 
 func (l *lease) lost() {
-	l.revision = 0
+	l.revision.Store(0)
 	l.until.Store(nil)
 }
 
 // release lets another worker claim at once.
 func (l *lease) release(ctx context.Context) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	revision := l.revision
+	if err := l.lock(ctx); err != nil {
+		return err
+	}
+	defer l.unlock()
+	revision := l.revision.Load()
 	if revision == 0 {
 		return nil
 	}
 	l.lost()
+	if err := failpoint.Hit(failpoint.Release, ""); err != nil {
+		return err
+	}
 	if err := l.kv.Delete(ctx, l.key, jetstream.LastRevision(revision)); err != nil {
 		return fmt.Errorf("release %s: %w", l.key, err)
 	}

@@ -2,7 +2,6 @@ package consumer
 
 import (
 	"context"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,9 +18,19 @@ import (
 // only; a request that succeeds at once has none.
 type record struct {
 	Attempts []publisher.Attempt `json:"attempts,omitempty"`
+	Mark     *mark               `json:"mark,omitempty"`
 	Claim    *claim              `json:"claim,omitempty"`
 
 	revision uint64 // 0: not stored
+}
+
+// mark says that a call is being made. Where one is found on a request that
+// nobody is calling, its worker vanished during the call.
+type mark struct {
+	Worker string    `json:"worker"`
+	At     time.Time `json:"at"`
+	// Calls counts those that were begun and never ended, this one included.
+	Calls int `json:"calls"`
 }
 
 // claim fixes a request's outcome before it is published, so that a crash in
@@ -80,6 +89,14 @@ func (l *ledger) put(ctx context.Context, id string, r *record) error {
 	return fmt.Errorf("write ledger record: %w", err)
 }
 
+// forget deletes a record that is of no use any more.
+func (l *ledger) forget(ctx context.Context, id string, r *record) error {
+	if err := l.kv.Delete(ctx, publisher.IDToken(id), jetstream.LastRevision(r.revision)); err != nil {
+		return fmt.Errorf("delete ledger record: %w", err)
+	}
+	return nil
+}
+
 // get reads a record, the zero one if there is none.
 func (l *ledger) get(ctx context.Context, id string) (record, error) {
 	stored, err := l.last(ctx, l.stream, "$KV."+l.kv.Bucket()+"."+publisher.IDToken(id))
@@ -100,42 +117,87 @@ func (l *ledger) get(ctx context.Context, id string) (record, error) {
 }
 
 type storedMessage struct {
+	Subject  string
 	Sequence uint64
+	Header   nats.Header
 	Data     []byte
+	Time     time.Time
 }
 
-// last reads the last message of a subject, nil if there is none, through the
-// stream's leader: a direct get may be answered by a replica that lags, and
-// "there is no outcome yet" has to be true.
+// last reads the last message of a subject, nil if there is none.
 func (l *ledger) last(ctx context.Context, stream, subject string) (*storedMessage, error) {
-	request, err := json.Marshal(map[string]string{"last_by_subj": subject})
+	return l.message(ctx, stream, map[string]any{"last_by_subj": subject})
+}
+
+// next reads the first message from a sequence on whose subject matches, nil if
+// there is none.
+func (l *ledger) next(ctx context.Context, stream string, from uint64, subject string) (*storedMessage, error) {
+	return l.message(ctx, stream, map[string]any{"seq": from, "next_by_subj": subject})
+}
+
+// message reads a stored message, nil if there is none, through the stream's
+// leader: a direct get may be answered by a replica that lags, and "there is no
+// outcome yet" has to be true.
+func (l *ledger) message(ctx context.Context, stream string, which map[string]any) (*storedMessage, error) {
+	fail := func(err error) (*storedMessage, error) {
+		return nil, fmt.Errorf("get a message of %s (%v): %w", stream, which, err)
+	}
+	request, err := json.Marshal(which)
 	if err != nil {
-		return nil, err
+		return fail(err)
 	}
 	m, err := l.nc.RequestWithContext(ctx, l.api+"STREAM.MSG.GET."+stream, request)
 	if err != nil {
-		return nil, fmt.Errorf("get last message of %s in %s: %w", subject, stream, err)
+		return fail(err)
 	}
 	var answer struct {
 		Error   *jetstream.APIError `json:"error"`
 		Message struct {
-			Sequence uint64 `json:"seq"`
-			Data     string `json:"data"`
+			Subject  string    `json:"subject"`
+			Sequence uint64    `json:"seq"`
+			Header   []byte    `json:"hdrs"`
+			Data     []byte    `json:"data"`
+			Time     time.Time `json:"time"`
 		} `json:"message"`
 	}
 	if err := json.Unmarshal(m.Data, &answer); err != nil {
-		return nil, fmt.Errorf("get last message of %s in %s: %w", subject, stream, err)
+		return fail(err)
 	}
 	switch e := answer.Error; {
 	case e == nil:
 	case e.ErrorCode == jetstream.JSErrCodeMessageNotFound:
 		return nil, nil
 	default:
-		return nil, fmt.Errorf("get last message of %s in %s: %w", subject, stream, e)
+		return fail(e)
 	}
-	data, err := base64.StdEncoding.DecodeString(answer.Message.Data)
-	if err != nil {
-		return nil, fmt.Errorf("get last message of %s in %s: %w", subject, stream, err)
+	stored := answer.Message
+	s := &storedMessage{Subject: stored.Subject, Sequence: stored.Sequence, Data: stored.Data, Time: stored.Time}
+	if len(stored.Header) > 0 {
+		if s.Header, err = nats.DecodeHeadersMsg(stored.Header); err != nil {
+			return fail(err)
+		}
 	}
-	return &storedMessage{Sequence: answer.Message.Sequence, Data: data}, nil
+	return s, nil
 }
+
+// remove deletes a stored message.
+func (l *ledger) remove(ctx context.Context, stream string, seq uint64) error {
+	request := fmt.Appendf(nil, `{"seq":%d,"no_erase":true}`, seq)
+	m, err := l.nc.RequestWithContext(ctx, l.api+"STREAM.MSG.DELETE."+stream, request)
+	if err != nil {
+		return fmt.Errorf("delete message %d of %s: %w", seq, stream, err)
+	}
+	var answer struct {
+		Error *jetstream.APIError `json:"error"`
+	}
+	if err := json.Unmarshal(m.Data, &answer); err != nil {
+		return fmt.Errorf("delete message %d of %s: %w", seq, stream, err)
+	}
+	if e := answer.Error; e != nil && e.ErrorCode != codeSequenceNotFound {
+		return fmt.Errorf("delete message %d of %s: %w", seq, stream, e)
+	}
+	return nil
+}
+
+// codeSequenceNotFound: there is no such message, not any more.
+const codeSequenceNotFound = 10043

@@ -18,6 +18,7 @@ import (
 	"github.com/rs/zerolog"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/headgate-io/headgate/internal/failpoint"
 	"github.com/headgate-io/headgate/publisher"
 )
 
@@ -338,6 +339,7 @@ func (w *Worker) own(ctx context.Context, stop <-chan struct{}) {
 			w.beat(ctx)
 			w.renew(ctx)
 			w.balance(ctx, again)
+			w.saveHolds(ctx)
 		case <-w.members.wake:
 			w.balance(ctx, again)
 		case <-again.C:
@@ -360,6 +362,12 @@ func (w *Worker) beat(ctx context.Context) {
 	}
 }
 
+func (w *Worker) saveHolds(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, beatEvery/3)
+	defer cancel()
+	w.holds.save(ctx, time.Now())
+}
+
 // each runs f for partitions, some at once.
 func (w *Worker) each(f func(*partition)) {
 	var g errgroup.Group
@@ -374,7 +382,11 @@ func (w *Worker) renew(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, beatEvery)
 	defer cancel()
 	w.each(func(p *partition) {
-		switch err := p.lease.renew(ctx); {
+		err := failpoint.Hit(failpoint.Renew, "")
+		if err == nil {
+			err = p.lease.renew(ctx)
+		}
+		switch {
 		case errors.Is(err, errTaken):
 			w.log.Error().Int("partition", p.number).Msg("lost to another worker; its messages are left to it")
 			p.leave()
@@ -421,13 +433,15 @@ func (w *Worker) claim(ctx context.Context, p *partition) {
 		}
 		return
 	}
-	if err := p.enter(before != nil); err != nil {
+	// Who gives a partition up deletes its lease; a lease that expires is purged.
+	crashed := before != nil && before.Header.Get("KV-Operation") != "DEL"
+	if err := p.enter(ctx, before != nil, crashed); err != nil {
 		w.log.Error().Err(err).Int("partition", p.number).Msg("cannot take messages; trying again")
 		p.leave()
 		_ = p.lease.release(ctx)
 		return
 	}
-	w.log.Info().Int("partition", p.number).Bool("had_owner", before != nil).Msg("owned")
+	w.log.Info().Int("partition", p.number).Bool("had_owner", before != nil).Bool("crashed", crashed).Msg("owned")
 }
 
 // handOver gives a partition up: no more messages, the calls in flight end, and
@@ -441,11 +455,14 @@ func (w *Worker) handOver(p *partition) {
 	go func() {
 		defer w.calls.Done()
 		p.calls.Wait()
-		ctx, cancel := context.WithTimeout(w.settleCtx, w.cfg.StoreTimeout)
-		defer cancel()
-		// What was given back must be the server's before the next one asks.
-		if err := errors.Join(w.nc.FlushWithContext(ctx), p.lease.release(ctx)); err != nil {
-			w.log.Warn().Err(err).Int("partition", p.number).Msg("not released; the lease expires by itself")
+		for p.lease.held() && w.settleCtx.Err() == nil {
+			ctx, cancel := context.WithTimeout(w.settleCtx, w.cfg.StoreTimeout)
+			// What was given back must be the server's before the next one asks.
+			err := errors.Join(w.nc.FlushWithContext(ctx), p.lease.release(ctx))
+			cancel()
+			if err != nil {
+				w.log.Warn().Err(err).Int("partition", p.number).Msg("not released; the lease expires by itself")
+			}
 		}
 	}()
 }

@@ -1,6 +1,8 @@
 package consumer
 
 import (
+	"context"
+	"errors"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -9,7 +11,10 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/headgate-io/headgate/internal/failpoint"
+	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
 )
 
@@ -38,6 +43,10 @@ const (
 	roundAbove = 10 * time.Second
 	many       = 1000
 
+	// doubt is for how long a message is set aside that comes while it is not known
+	// whether the partition is still this worker's.
+	doubt = time.Second
+
 	// sweepEvery is how often gates that remember nothing are forgotten.
 	sweepEvery = time.Minute
 )
@@ -56,10 +65,18 @@ type partition struct {
 
 	mu         sync.Mutex
 	active     bool      // takes messages
+	binding    bool      // is being rebound
 	emptySince time.Time // limiters of an earlier owner must not burst again
+	crashed    bool      // the earlier owner did not give it up in good order
+	consumed   time.Time // when its consumer was created
+	entered    time.Time
 	creators   map[string]*creator
 	here       map[uint64]*delivery // by stream sequence: being worked on in this worker
 	busy       int                  // of them, not yet decided upon: fewer are pulled for these
+
+	// Of the comparison of what is stored with what is known, see count.
+	missed    map[uint64]bool
+	countFrom uint64
 }
 
 // creator is one creator's gate and those of its messages that wait.
@@ -89,15 +106,34 @@ func (p *partition) receive(m *nats.Msg) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
-	case !p.active || !p.lease.holds(now):
+	case !p.active:
 		p.w.reply(d.msg.Reply, nakPayload)
+		return
+	case !p.lease.holds(now):
+		// Not at once, or it would come back at once, as long as the lease is in doubt.
+		p.w.reply(d.msg.Reply, nakAfter(doubt))
 		return
 	case p.here[d.seq] != nil:
 		// Redelivered while it is being worked on: no second call, and no
 		// answer, which would settle the first.
 		return
 	}
+	p.handle(d, now)
+}
+
+// handle decides what becomes of a message that is new here.
+func (p *partition) handle(d *delivery, now time.Time) {
 	p.here[d.seq] = d
+	defer func() {
+		if r := recover(); r != nil {
+			p.decideLater(d, func() { p.w.panicked(p, d, r) })
+		}
+	}()
+	if failpoint.Hit(failpoint.Received, "") != nil {
+		delete(p.here, d.seq) // as if it had been lost on its way
+		return
+	}
+	var err error
 	d.req, err = p.w.read(d)
 	if err != nil {
 		p.decideLater(d, func() { p.w.malformed(p, d, err) })
@@ -116,13 +152,18 @@ func (p *partition) receive(m *nats.Msg) {
 	switch back := c.parked[d.seq]; {
 	case back != nil:
 		delete(c.parked, d.seq)
-		d.waited, d.record, d.why = true, back.record, back.why
+		d.waited, d.record, d.why, d.unexplained = true, back.record, back.why, back.unexplained
 		if back.turn.Sub(now) > nearTurn { // set aside for longer than can be done at once
 			p.park(c, d, back.turn, back.own)
 			return
 		}
-	case d.count > 1:
+	case d.count > 1, d.stored.Before(p.consumed):
+		// Delivered before, or by a consumer that is no more.
 		p.decideLater(d, func() { p.w.lookUp(p, c, d) })
+		return
+	}
+	if d.suspect() {
+		p.admitAlone(c, d, now)
 		return
 	}
 	p.admit(c, d, now)
@@ -133,7 +174,7 @@ func (p *partition) receive(m *nats.Msg) {
 func (p *partition) decideLater(d *delivery, f func()) {
 	p.busy++
 	p.goes(func() {
-		f()
+		p.w.guarded(p, d, f)
 		p.mu.Lock()
 		p.busy--
 		p.mu.Unlock()
@@ -164,7 +205,7 @@ func (p *partition) pull() {
 	p.mu.Lock()
 	active, busy := p.active, p.busy
 	p.mu.Unlock()
-	if active {
+	if active && p.lease.holds(time.Now()) {
 		p.puller.more(busy)
 	}
 }
@@ -328,6 +369,7 @@ func (p *partition) start(c *creator, d *delivery, permit resilience.Permit) {
 // park sends d back until its turn; zero: until c is released.
 func (p *partition) park(c *creator, d *delivery, turn time.Time, own bool) {
 	now := time.Now()
+	p.notAlone(d)
 	if !p.lease.holds(now) {
 		// Its owner is another worker by now, which may be calling it.
 		delete(p.here, d.seq)
@@ -342,6 +384,7 @@ func (p *partition) park(c *creator, d *delivery, turn time.Time, own bool) {
 	}
 	c.parked[d.seq] = &parked{
 		reply: d.msg.Reply, kind: d.op.Kind, turn: until, record: d.record, own: own, why: d.why,
+		unexplained: d.unexplained,
 	}
 	p.w.reply(d.msg.Reply, nakAfter(p.delay(c, d.op.Kind, until, now)))
 	delete(p.here, d.seq)
@@ -366,7 +409,22 @@ func (p *partition) delay(c *creator, kind resilience.Kind, turn, now time.Time)
 func (p *partition) finish(d *delivery) {
 	p.mu.Lock()
 	delete(p.here, d.seq)
+	p.notAlone(d)
 	p.mu.Unlock()
+}
+
+// atOnce lets a message go again as soon as its gate allows it.
+func (p *partition) atOnce(c *creator, d *delivery) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.active {
+		p.w.reply(d.msg.Reply, nakPayload)
+		delete(p.here, d.seq)
+		p.notAlone(d)
+		return
+	}
+	d.call, d.waited, d.starved = nil, true, false
+	p.admit(c, d, time.Now())
 }
 
 // again lets a message whose call failed come back after its backoff.
@@ -506,15 +564,46 @@ func (p *partition) sweep(now time.Time) {
 	}
 }
 
-// rebind asks the server anew for messages.
-func (p *partition) rebind() error {
+// rebind asks the server anew for messages, perhaps through a consumer that was
+// made anew, which counts deliveries from one again.
+func (p *partition) rebind(ctx context.Context) {
 	p.mu.Lock()
-	active := p.active
-	p.mu.Unlock()
-	if !active {
-		return nil
+	defer p.mu.Unlock()
+	if !p.active || p.binding {
+		return
 	}
-	return p.puller.bind()
+	p.binding = true
+	p.goes(func() {
+		p.look(ctx)
+		p.mu.Lock()
+		p.binding = false
+		active := p.active
+		p.mu.Unlock()
+		if !active {
+			return
+		}
+		if err := p.puller.bind(); err != nil {
+			p.w.log.Warn().Err(err).Int("partition", p.number).Msg("cannot pull; trying again")
+			return
+		}
+		p.pull()
+	})
+}
+
+// look finds out when the partition's consumer was made. What was stored before may
+// have been delivered by another one.
+func (p *partition) look(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, beatEvery)
+	defer cancel()
+	c, err := p.w.stream.Consumer(ctx, publisher.ConsumerName(p.number))
+	switch {
+	case errors.Is(err, jetstream.ErrConsumerNotFound):
+		p.w.log.Error().Int("partition", p.number).Msg("the partition's consumer is gone: its requests wait until `headgate setup` makes it again")
+	case err == nil:
+		p.mu.Lock()
+		p.consumed = c.CachedInfo().Created
+		p.mu.Unlock()
+	}
 }
 
 // replanAll is replan for every creator.
@@ -529,14 +618,16 @@ func (p *partition) replanAll() {
 
 // enter starts taking messages. Limiters start empty if the partition had an
 // owner lately, who may have used up their bursts.
-func (p *partition) enter(hadOwner bool) error {
+func (p *partition) enter(ctx context.Context, hadOwner, crashed bool) error {
 	p.mu.Lock()
-	p.active, p.emptySince = true, time.Time{}
+	p.active, p.crashed, p.emptySince, p.entered = true, crashed, time.Time{}, time.Now()
 	if hadOwner {
 		p.emptySince = time.Now()
 	}
 	p.creators = make(map[string]*creator)
+	p.missed, p.countFrom = nil, 0
 	p.mu.Unlock()
+	p.look(ctx)
 	if err := p.puller.bind(); err != nil {
 		return err
 	}
@@ -563,8 +654,13 @@ func (p *partition) leave() bool {
 			d := p.next(c)
 			p.w.reply(d.msg.Reply, nakPayload)
 			delete(p.here, d.seq)
+			p.notAlone(d)
 		}
 		c.parked = nil
+	}
+	for _, d := range p.w.suspects.leave(p) {
+		p.w.reply(d.msg.Reply, nakPayload)
+		delete(p.here, d.seq)
 	}
 	p.creators = nil
 	return true

@@ -92,6 +92,14 @@ func (p *puller) unbind() {
 	}
 }
 
+// waits reports that the server has been asked for messages and has had none
+// lately.
+func (p *puller) waits() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.sub != nil && p.asked > 0
+}
+
 // silent reports that the server owes a heartbeat, so that what was asked for
 // is not known to it any more.
 func (p *puller) silent(now time.Time) bool {

@@ -11,6 +11,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/failpoint"
 	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
 )
@@ -26,22 +27,24 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 		return permit.End(time.Now(), o)
 	}
 	defer func() {
-		if r := recover(); r != nil {
-			w.log.Error().Str("request", d.req.ID).Interface("panic", r).Bytes("stack", debug.Stack()).
-				Msg("handling a request panicked; it becomes a dead letter")
-			if !ended {
-				end(resilience.Excluded)
-			}
-			w.bury(p, d, classify.Failure{Class: classify.Internal, Scope: classify.ScopeRequest},
-				fmt.Sprintf("handling the request panicked: %v", r), 0)
-		}
 		permit.Close()
 		if !pumped {
 			p.pump(c) // others may wait for this slot, whatever came of it
 		}
 		w.feed()
 	}()
+	w.guarded(p, d, func() {
+		defer func() {
+			if !ended { // a panic
+				end(resilience.Excluded)
+			}
+		}()
+		w.attempt(p, c, d, permit, end, &pumped)
+	})
+}
 
+// attempt is work without what has to happen in any case.
+func (w *Worker) attempt(p *partition, c *creator, d *delivery, permit resilience.Permit, end func(resilience.Outcome) resilience.Change, pumped *bool) {
 	if !p.lease.holds(time.Now()) {
 		end(resilience.Excluded)
 		w.giveBack(p, d)
@@ -56,13 +59,25 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 			return
 		}
 	}
+	if err := w.mark(p, d); err != nil {
+		end(resilience.Excluded)
+		w.giveBack(p, d)
+		return
+	}
 	started := time.Now()
+	if !p.lease.holds(started) || failpoint.Hit(failpoint.Call, d.req.ID) != nil {
+		end(resilience.Excluded)
+		w.unmark(d)
+		w.giveBack(p, d)
+		return
+	}
 	held := c.gate.Held(started)
 	inside := held != nil && held.Since.Before(permit.Started())
+	d.called = true
 	answer := call(w.callCtx)
 	now := time.Now()
 	w.stats.calls.Add(1)
-	if w.callCtx.Err() != nil && answer.Status == 0 {
+	if w.callCtx.Err() != nil && answer.Status == 0 || failpoint.Hit(failpoint.Called, d.req.ID) != nil {
 		// Cut off by the end of the grace time: what came of it is not known.
 		end(resilience.Excluded)
 		w.giveBack(p, d)
@@ -70,10 +85,23 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 	}
 
 	failure, failed := w.cfg.Profile.Classify(answer, now)
+	if failed && failure.Refresh && !d.refreshed {
+		d.refreshed = true
+		switch renewed, err := w.refresh(answer); {
+		case renewed:
+			end(resilience.Excluded)
+			w.unmark(d)
+			p.atOnce(c, d)
+			return
+		case err != nil:
+			answer = classify.Answer{Err: err}
+			failure, failed = w.cfg.Profile.Classify(answer, now)
+		}
+	}
 	hints := w.cfg.Profile.Hints(answer.Header, now)
 	took := now.Sub(started)
 	w.cfg.Observer.Called(d.op.name, failure.Class, answer.Status, took, inside)
-	o := outcome{failure: failure, failed: failed, now: now, random: rand.Float64()}
+	o := outcome{failure: failure, failed: failed, uncertain: d.op.NotIdempotent && answer.Uncertain(), now: now, random: rand.Float64()}
 	if hints.Exhausted {
 		o.window = hints.HoldFor
 	}
@@ -94,7 +122,7 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 	}
 	w.changed(p, c, end(health(failure, failed)))
 	p.pump(c)
-	pumped = true
+	*pumped = true
 
 	switch v.fate {
 	case succeed:
@@ -102,8 +130,62 @@ func (w *Worker) work(p *partition, c *creator, d *delivery, permit resilience.P
 	case retry:
 		w.retry(p, c, d, failure, answer.Status, v.after, took)
 	case bury:
+		if answer.Truncated {
+			v.reason += fmt.Sprintf("; more than %d bytes of %q came with status %d, and were not kept", len(answer.Body), answer.Header.Get("Content-Type"), answer.Status)
+		}
+		if v.uncertain {
+			failure.Class, failure.Scope, failure.Retryable = classify.Uncertain, classify.ScopeRequest, false
+		}
 		w.bury(p, d, failure, v.reason, answer.Status)
 	}
+}
+
+// refresh renews the API's credentials, if it is an API that can.
+func (w *Worker) refresh(refused classify.Answer) (bool, error) {
+	api, ok := w.cfg.API.(Refresher)
+	if !ok {
+		return false, nil
+	}
+	ctx, cancel := context.WithTimeout(w.callCtx, refreshTimeout)
+	defer cancel()
+	renewed, err := api.Refresh(ctx, refused)
+	switch {
+	case err != nil:
+		w.log.Error().Err(err).Msg("the API's credentials could not be renewed; trying again")
+	case renewed:
+		w.log.Info().Msg("the API's credentials were renewed")
+	}
+	return renewed, err
+}
+
+// refreshTimeout bounds the renewal of credentials.
+const refreshTimeout = 10 * time.Second
+
+// guarded runs f, which handles d. Should it panic, d becomes a dead letter, unless an
+// outcome is on its way: then it is given back, and its outcome found.
+func (w *Worker) guarded(p *partition, d *delivery, f func()) {
+	defer func() {
+		if r := recover(); r != nil {
+			w.panicked(p, d, r)
+		}
+	}()
+	f()
+}
+
+func (w *Worker) panicked(p *partition, d *delivery, r any) {
+	w.log.Error().Str("request", d.req.ID).Interface("panic", r).Bytes("stack", debug.Stack()).Msg("handling a request panicked")
+	if d.outcome || d.panicked {
+		w.giveBack(p, d)
+		return
+	}
+	d.panicked = true
+	if d.req.ID == "" {
+		d.req, _ = w.read(d)
+	}
+	w.guarded(p, d, func() {
+		w.bury(p, d, classify.Failure{Class: classify.Internal, Scope: classify.ScopeRequest},
+			fmt.Sprintf("handling the request panicked: %v", r), 0)
+	})
 }
 
 // health is what a breaker makes of an answer.
@@ -139,6 +221,9 @@ func (w *Worker) hold(c *creator, d *delivery, v verdict) {
 	if !counts {
 		return
 	}
+	if key != holdAccount && key != holdProvider {
+		w.holds.keep(c.name, h)
+	}
 	event := w.log.Warn().Str("held", key).Str("class", string(h.Class)).Str("reason", h.Reason).Str("request", d.req.ID)
 	if !h.Until.IsZero() {
 		event = event.Time("until", h.Until)
@@ -147,8 +232,13 @@ func (w *Worker) hold(c *creator, d *delivery, v verdict) {
 	event.Msg("held")
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.settleCtx), w.cfg.StoreTimeout)
 	defer cancel()
-	if err := w.holds.store(ctx, key, h); err != nil {
-		w.log.Error().Err(err).Msg("a hold is known to this worker only; it does not survive a restart")
+	err := failpoint.Hit(failpoint.Hold, d.req.ID)
+	if err == nil {
+		err = w.holds.store(ctx, key, h)
+	}
+	if err != nil {
+		w.holds.later(key, h)
+		w.log.Error().Err(err).Str("held", key).Msg("a hold is known to this worker only, until it can be stored; trying again")
 	}
 }
 
@@ -182,19 +272,40 @@ func (w *Worker) succeed(p *partition, d *delivery, a classify.Answer, f classif
 	if f.RequestID != "" {
 		r.UpstreamRequestID = f.RequestID
 	}
-	if err := w.store(p, d, func(ctx context.Context) error { return w.publisher.Result(ctx, r) }); err != nil {
+	d.outcome = true
+	err := w.store(p, d, func(ctx context.Context) error {
+		if err := failpoint.Hit(failpoint.Result, d.req.ID); err != nil {
+			return err
+		}
+		if err := w.publisher.Result(ctx, r); err != nil {
+			return err
+		}
+		return failpoint.Hit(failpoint.ResultDone, d.req.ID)
+	})
+	if err != nil {
 		w.giveBack(p, d)
 		return
 	}
 	w.stats.results.Add(1)
 	w.cfg.Observer.Settled("", r.Attempts)
 	w.ack(p, d)
+	w.unmark(d)
 	w.line(w.log.Info(), d).Str("outcome", "result").Int("status", a.Status).Int("attempt", r.Attempts).
 		Bool("empty", empty).Dur("took_ms", took).Str("upstream_request", r.UpstreamRequestID).Send()
 }
 
 func (w *Worker) retry(p *partition, c *creator, d *delivery, f classify.Failure, status int, after time.Time, took time.Duration) {
-	if err := w.store(p, d, func(ctx context.Context) error { return w.ledger.put(ctx, d.req.ID, &d.record) }); err != nil {
+	d.record.Mark, d.unexplained = nil, false
+	err := w.store(p, d, func(ctx context.Context) error {
+		if err := failpoint.Hit(failpoint.Attempt, d.req.ID); err != nil {
+			return err
+		}
+		if err := w.ledger.put(ctx, d.req.ID, &d.record); err != nil {
+			return err
+		}
+		return failpoint.Hit(failpoint.AttemptDone, d.req.ID)
+	})
+	if err != nil {
 		w.giveBack(p, d)
 		return
 	}
@@ -218,8 +329,18 @@ func (w *Worker) bury(p *partition, d *delivery, f classify.Failure, reason stri
 	if len(d.record.Attempts) > 0 {
 		letter.FirstFailedAt = d.record.Attempts[0].At
 	}
-	d.record.Claim = &claim{Dead: &letter, At: letter.FailedAt}
-	if err := w.store(p, d, func(ctx context.Context) error { return w.ledger.put(ctx, d.req.ID, &d.record) }); err != nil {
+	d.outcome = true
+	d.record.Mark, d.record.Claim = nil, &claim{Dead: &letter, At: letter.FailedAt}
+	err := w.store(p, d, func(ctx context.Context) error {
+		if err := failpoint.Hit(failpoint.Claim, d.req.ID); err != nil {
+			return err
+		}
+		if err := w.ledger.put(ctx, d.req.ID, &d.record); err != nil {
+			return err
+		}
+		return failpoint.Hit(failpoint.Claimed, d.req.ID)
+	})
+	if err != nil {
 		w.giveBack(p, d)
 		return
 	}
@@ -231,8 +352,29 @@ func (w *Worker) publishDead(p *partition, d *delivery) {
 	letter := *d.record.Claim.Dead
 	letter.History = d.record.Attempts
 	letter.Payload, letter.Header = d.msg.Data, d.msg.Header
-	if err := w.store(p, d, func(ctx context.Context) error { return w.publisher.DeadLetter(ctx, letter) }); err != nil {
+	d.outcome = true
+	answered := false
+	err := w.store(p, d, func(ctx context.Context) (err error) {
+		if err := failpoint.Hit(failpoint.Letter, d.req.ID); err != nil {
+			return err
+		}
+		// Another worker's answer may be on its way, held up by a network: from here on
+		// it comes too late.
+		if answered, err = w.fence(ctx, d); err != nil || answered {
+			return err
+		}
+		if err := w.publisher.DeadLetter(ctx, letter); err != nil {
+			return err
+		}
+		return failpoint.Hit(failpoint.LetterDone, d.req.ID)
+	})
+	switch {
+	case err != nil:
 		w.giveBack(p, d)
+		return
+	case answered:
+		w.line(w.log.Warn(), d).Str("class", string(letter.Class)).Msg("no dead letter: the request has a result by now")
+		w.ack(p, d)
 		return
 	}
 	w.stats.deadLetters.Add(1)
@@ -241,6 +383,37 @@ func (w *Worker) publishDead(p *partition, d *delivery) {
 	w.line(w.log.Warn(), d).Str("outcome", "dead letter").Str("class", string(letter.Class)).Str("code", letter.Code).
 		Int("status", letter.HTTPStatus).Int("attempt", letter.Attempts).Str("reason", letter.Reason).
 		Str("action", letter.Action).Str("upstream_request", letter.UpstreamRequestID).Send()
+}
+
+// fence refuses a result of d that comes from now on, and reports whether one has come.
+func (w *Worker) fence(ctx context.Context, d *delivery) (answered bool, err error) {
+	if w.cfg.Topology.NoIDInSubject {
+		return false, nil
+	}
+	seq, err := w.publisher.Fence(ctx, d.req.ID)
+	if err != nil {
+		return false, err
+	}
+	if answered, err = w.answered(ctx, d); err != nil {
+		return false, err
+	}
+	if seq != 0 {
+		// Its id stays known; the message itself is of no use to anybody.
+		if err := w.ledger.remove(ctx, w.results, seq); err != nil {
+			w.log.Debug().Err(err).Msg("a fence stays until it is too old")
+		}
+	}
+	return answered, nil
+}
+
+// answered reports whether d has a result.
+func (w *Worker) answered(ctx context.Context, d *delivery) (bool, error) {
+	subject, err := w.cfg.Topology.Namespace.ResultSubject(d.req.Creator, d.req.Operation, d.req.ID)
+	if err != nil {
+		return false, err
+	}
+	result, err := w.ledger.last(ctx, w.results, subject)
+	return result != nil, err
 }
 
 func (w *Worker) malformed(p *partition, d *delivery, err error) {
@@ -263,19 +436,17 @@ func (w *Worker) expired(p *partition, d *delivery) {
 func (w *Worker) lookUp(p *partition, c *creator, d *delivery) {
 	var answered bool
 	err := w.store(p, d, func(ctx context.Context) error {
-		var err error
+		err := failpoint.Hit(failpoint.LookUp, d.req.ID)
+		if err != nil {
+			return err
+		}
 		if d.record, err = w.ledger.get(ctx, d.req.ID); err != nil {
 			return err
 		}
 		if w.cfg.Topology.NoIDInSubject {
 			return nil
 		}
-		subject, err := w.cfg.Topology.Namespace.ResultSubject(d.req.Creator, d.req.Operation, d.req.ID)
-		if err != nil {
-			return err
-		}
-		result, err := w.ledger.last(ctx, w.results, subject)
-		answered = result != nil
+		answered, err = w.answered(ctx, d)
 		return err
 	})
 	switch {
@@ -285,15 +456,28 @@ func (w *Worker) lookUp(p *partition, c *creator, d *delivery) {
 		w.publishDead(p, d)
 	case answered:
 		w.ack(p, d)
+		w.unmark(d)
+	case d.suspect() && d.op.NotIdempotent && !d.op.RetryUncertain:
+		m := d.record.Mark
+		w.bury(p, d, classify.Failure{Class: classify.Uncertain, Scope: classify.ScopeRequest},
+			fmt.Sprintf("it is not known whether the API did what it was asked: worker %s vanished during the call that began at %s; "+
+				"look there before it is replayed", m.Worker, m.At.Format(time.RFC3339)), 0)
+	case d.suspect() && d.record.Mark.Calls >= poisonous:
+		w.bury(p, d, classify.Failure{Class: classify.Poison, Scope: classify.ScopeRequest},
+			fmt.Sprintf("%d workers vanished while they called it, the last one, %s, while it called no other suspect", d.record.Mark.Calls, d.record.Mark.Worker), 0)
 	default:
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if !p.active {
+		switch {
+		case !p.active:
 			w.reply(d.msg.Reply, nakPayload)
 			delete(p.here, d.seq)
-			return
+		case d.suspect():
+			p.admitAlone(c, d, time.Now())
+		default:
+			d.unexplained = p.crashed
+			p.admit(c, d, time.Now())
 		}
-		p.admit(c, d, time.Now())
 	}
 }
 
@@ -342,10 +526,16 @@ func (w *Worker) ack(p *partition, d *delivery) {
 		if sent++; sent > acks {
 			return errUnconfirmed
 		}
+		if err := failpoint.Hit(failpoint.Ack, d.req.ID); err != nil {
+			return err
+		}
+		if d.msg.Reply == "" { // no delivery reached it: the sweeper found it
+			return w.ledger.remove(ctx, w.requests, d.seq)
+		}
 		if _, err := w.nc.RequestWithContext(ctx, d.msg.Reply, ackPayload); err != nil {
 			return fmt.Errorf("ack: %w", err)
 		}
-		return nil
+		return failpoint.Hit(failpoint.Acked, d.req.ID)
 	})
 	if err != nil {
 		w.line(w.log.Warn(), d).Err(err).Msg("the ack is not confirmed; the outcome is stored and will be found")
@@ -355,6 +545,9 @@ func (w *Worker) ack(p *partition, d *delivery) {
 
 // giveBack lets the message be delivered again, to whoever owns it then.
 func (w *Worker) giveBack(p *partition, d *delivery) {
+	if !d.op.NotIdempotent || !d.called {
+		w.unmark(d)
+	}
 	if p.lease.holds(time.Now()) {
 		w.reply(d.msg.Reply, nakPayload)
 	}

@@ -61,7 +61,17 @@ func (p *Publisher) DeadLetter(ctx context.Context, d DeadLetter) error {
 	h := d.headers()
 	h[jetstream.MsgIDHeader] = []string{oneLine("dlq:"+d.RequestID, 2*maxHeader)}
 	h[jetstream.ExpectedLastSubjSeqHeader] = []string{"0"}
-	if _, _, err := p.stored(ctx, &nats.Msg{Subject: subject, Header: h, Data: d.Payload}); err != nil {
+	m := &nats.Msg{Subject: subject, Header: h, Data: d.Payload}
+	if !p.fits(m) {
+		name, err := objectName("dlq", d.Creator, d.Operation, d.RequestID)
+		if err == nil {
+			err = p.outsource(ctx, m, name)
+		}
+		if err != nil {
+			return fmt.Errorf("publish dead letter of %s: %w", clip(d.RequestID, 80), err)
+		}
+	}
+	if _, _, err := p.stored(ctx, m); err != nil {
 		return fmt.Errorf("publish dead letter of %s: %w", clip(d.RequestID, 80), err)
 	}
 	return nil

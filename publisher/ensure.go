@@ -116,7 +116,36 @@ func (t Topology) reconcile(ctx context.Context, js jetstream.JetStream, apply b
 			}
 		}
 	}
-	return changes, nil
+	return changes, t.reconcileObjects(ctx, js, note)
+}
+
+func (t Topology) reconcileObjects(ctx context.Context, js jetstream.JetStream, note func(Change, func() error) error) error {
+	want := t.objects()
+	have, err := js.ObjectStore(ctx, want.Bucket)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		return note(Change{Kind: "object store", Name: want.Bucket, Action: "create"}, func() error {
+			_, err := js.CreateObjectStore(ctx, want)
+			return err
+		})
+	}
+	var status jetstream.ObjectStoreStatus
+	if err == nil {
+		status, err = have.Status(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("look up object store %s: %w", want.Bucket, explain(err))
+	}
+	is := jetstream.ObjectStoreConfig{
+		Bucket: status.Bucket(), Description: status.Description(), TTL: status.TTL(), Storage: status.Storage(), Replicas: status.Replicas(),
+	}
+	d := diff(want, is)
+	if len(d) == 0 {
+		return nil
+	}
+	return note(Change{Kind: "object store", Name: want.Bucket, Action: "update", Diff: d}, func() error {
+		_, err := js.UpdateObjectStore(ctx, want)
+		return err
+	})
 }
 
 func (t Topology) reconcileConsumers(ctx context.Context, js jetstream.JetStream, note func(Change, func() error) error) error {

@@ -21,6 +21,13 @@ const (
 	HeaderDeadline          = "Headgate-Deadline" // RFC 3339
 	HeaderTraceparent       = "traceparent"       // W3C Trace Context
 	HeaderContentType       = "Content-Type"
+
+	// Where a body is that was too large for a message.
+	HeaderBodyBucket      = "Headgate-Body-Bucket"
+	HeaderBodyObject      = "Headgate-Body-Object"
+	HeaderBodySize        = "Headgate-Body-Size"   // bytes
+	HeaderBodyDigest      = "Headgate-Body-Digest" // SHA-256=…
+	HeaderBodyContentType = "Headgate-Body-Content-Type"
 )
 
 // Headers of dead letters.

@@ -99,7 +99,7 @@ func ParseRequest(ns Namespace, subject string, h nats.Header, payload []byte, f
 	if r.ID == "" || !utf8.ValidString(r.ID) || len(r.ID) > maxHeader {
 		r.ID = fallbackID
 	}
-	creator, operation, err := ns.parseStored(subject)
+	creator, operation, err := ns.ParseStored(subject)
 	if err != nil {
 		return r, err
 	}

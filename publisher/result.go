@@ -23,7 +23,8 @@ type Result struct {
 }
 
 // Result stores a result and returns nil once it is stored, now or before: a
-// request has one. With the id in its subject a second one is impossible.
+// request has one. With the id in its subject a second one is impossible. A body
+// that is too large for the server goes to the object store.
 func (p *Publisher) Result(ctx context.Context, r Result) error {
 	id := ""
 	if p.idInSubject {
@@ -34,7 +35,7 @@ func (p *Publisher) Result(ctx context.Context, r Result) error {
 		return fmt.Errorf("publish result of %s: %w", clip(r.RequestID, 80), err)
 	}
 	h := make(nats.Header, 16)
-	set(h, jetstream.MsgIDHeader, "result:"+r.RequestID, 2*maxHeader)
+	h[jetstream.MsgIDHeader] = []string{resultMsgID(r.RequestID)}
 	if p.idInSubject {
 		h[jetstream.ExpectedLastSubjSeqHeader] = []string{"0"}
 	}
@@ -51,7 +52,17 @@ func (p *Publisher) Result(ctx context.Context, r Result) error {
 	if r.Empty {
 		h[HeaderEmpty] = []string{"true"}
 	}
-	if _, _, err := p.stored(ctx, &nats.Msg{Subject: subject, Header: h, Data: r.Body}); err != nil {
+	m := &nats.Msg{Subject: subject, Header: h, Data: r.Body}
+	if !p.fits(m) {
+		name, err := objectName("results", r.Creator, r.Operation, r.RequestID)
+		if err == nil {
+			err = p.outsource(ctx, m, name)
+		}
+		if err != nil {
+			return fmt.Errorf("publish result of %s: %w", clip(r.RequestID, 80), err)
+		}
+	}
+	if _, _, err := p.stored(ctx, m); err != nil {
 		return fmt.Errorf("publish result of %s: %w", clip(r.RequestID, 80), err)
 	}
 	return nil

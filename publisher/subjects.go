@@ -20,6 +20,8 @@ const (
 	Ledger  = "LEDGER"
 	Budgets = "BUDGETS"
 	Owners  = "OWNERS"
+
+	Bodies = "BODIES" // object store
 )
 
 // Namespace keeps several upstream APIs apart on one server: it is put in front of
@@ -98,14 +100,14 @@ func (n Namespace) DeadLetterSubject(class classify.Class, creator, operation, i
 	return n.subject("dlq", string(class), c, o, IDToken(id)), nil
 }
 
-// storedIn matches all requests of a partition, as they are stored.
-func (n Namespace) storedIn(partition int) string {
+// StoredSubjects matches all requests of a partition, as they are stored.
+func (n Namespace) StoredSubjects(partition int) string {
 	return n.subject("requests", strconv.Itoa(partition), ">")
 }
 
-// parseStored reads a stored request's subject, requests.<partition>.<creator>.<operation>.
+// ParseStored reads a stored request's subject, requests.<partition>.<creator>.<operation>.
 // It trusts nothing: servers store any bytes in a token.
-func (n Namespace) parseStored(subject string) (creator, operation string, err error) {
+func (n Namespace) ParseStored(subject string) (creator, operation string, err error) {
 	rest := subject
 	if n != "" {
 		rest = strings.TrimPrefix(subject, string(n)+".")

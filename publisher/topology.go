@@ -108,7 +108,8 @@ func (t Topology) streams() []jetstream.StreamConfig {
 		{
 			Name:        name(Results),
 			Description: "Headgate: answers of the API, one a request.",
-			Subjects:    []string{subject("results", ">")},
+			// See Publisher.Fence for the second one.
+			Subjects:    []string{subject("results", ">"), subject("fence", "*")},
 			MaxAge:      t.ResultsMaxAge,
 			Discard:     jetstream.DiscardNew,
 			Duplicates:  duplicateWindow,
@@ -155,7 +156,7 @@ func (t Topology) consumers() []jetstream.ConsumerConfig {
 		consumers[n] = jetstream.ConsumerConfig{
 			Durable:       ConsumerName(n),
 			Description:   fmt.Sprintf("Headgate: partition %d of %d", n, t.Partitions),
-			FilterSubject: t.Namespace.storedIn(n),
+			FilterSubject: t.Namespace.StoredSubjects(n),
 			AckPolicy:     jetstream.AckExplicitPolicy,
 			AckWait:       t.AckWait,
 			MaxAckPending: maxAckPending,
@@ -187,4 +188,15 @@ func (t Topology) buckets() []jetstream.KeyValueConfig {
 		buckets[i].History = 1
 	}
 	return buckets
+}
+
+// objects is the store of bodies that are too large for a message.
+func (t Topology) objects() jetstream.ObjectStoreConfig {
+	return jetstream.ObjectStoreConfig{
+		Bucket:      t.Namespace.Stream(Bodies),
+		Description: "Headgate: bodies that are too large for a message",
+		TTL:         max(t.ResultsMaxAge, t.DLQMaxAge),
+		Storage:     jetstream.FileStorage,
+		Replicas:    t.Replicas,
+	}
 }

@@ -354,7 +354,7 @@ func later(a, b time.Time) time.Time {
 func (g *Gate) Hold(h Hold) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !h.outlasts(g.hold) {
+	if !h.Outlasts(g.hold) {
 		return false
 	}
 	g.hold = &h

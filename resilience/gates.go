@@ -130,7 +130,7 @@ type shared struct {
 func (s *shared) set(h Hold) bool {
 	for {
 		old := s.hold.Load()
-		if !h.outlasts(old) {
+		if !h.Outlasts(old) {
 			return false
 		}
 		if s.hold.CompareAndSwap(old, &h) {

@@ -21,9 +21,9 @@ func (h *Hold) Stands(now time.Time) bool {
 	return h != nil && (h.Until.IsZero() || now.Before(h.Until))
 }
 
-// outlasts makes holds monotonic: a later, shorter one never shortens a
+// Outlasts makes holds monotonic: a later, shorter one never shortens a
 // longer one.
-func (h *Hold) outlasts(other *Hold) bool {
+func (h *Hold) Outlasts(other *Hold) bool {
 	switch {
 	case other == nil:
 		return true

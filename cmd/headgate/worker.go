@@ -21,7 +21,7 @@ func workerConfig(s *session) (consumer.Config, func(), error) {
 	if err != nil {
 		return consumer.Config{}, nil, exitError{exitConfig, fmt.Errorf("provider.profile: %w", err)}
 	}
-	key, err := apiKey(c.Provider.Auth)
+	key, refresh, err := credentials(c.Provider.Auth)
 	if err != nil {
 		return consumer.Config{}, nil, exitError{exitConfig, err}
 	}
@@ -29,10 +29,13 @@ func workerConfig(s *session) (consumer.Config, func(), error) {
 	operations := make(map[string]consumer.Operation, len(c.Operations))
 	for name, op := range c.Operations {
 		calls[name] = api.Operation{Method: op.Method, Path: op.Path, Query: op.Query, Payload: op.SendsPayload(), Timeout: op.Timeout}
-		operations[name] = consumer.Operation{Kind: kind(op.Method), NotFoundEmpty: notFoundEmpty(op, profile), Retry: retryOf(c, op.Retry)}
+		operations[name] = consumer.Operation{
+			Kind: kind(op.Method), NotFoundEmpty: notFoundEmpty(op, profile), Retry: retryOf(c, op.Retry),
+			NotIdempotent: op.Idempotent != nil && !*op.Idempotent, RetryUncertain: op.Uncertain == "retry",
+		}
 	}
 	client, err := api.New(api.Config{
-		BaseURL: c.Provider.BaseURL, AuthHeader: c.Provider.Auth.Header, Key: key,
+		BaseURL: c.Provider.BaseURL, AuthHeader: c.Provider.Auth.Header, Key: key, KeyPrefix: c.Provider.Auth.Prefix, Refresh: refresh,
 		CreatorHeader: c.Provider.CreatorHeader, Headers: c.Provider.Headers,
 		Timeout: c.Provider.Timeout, MaxBody: int64(c.Provider.MaxResponseBytes),
 		InFlight: c.Limits.InFlight, UserAgent: "headgate/" + buildVersion(), Operations: calls,
@@ -109,14 +112,29 @@ func notFoundEmpty(op config.Operation, p *classify.Profile) bool {
 	return op.NotFound == "empty"
 }
 
-// apiKey reads the key from the environment. It is never printed.
-func apiKey(a config.Auth) (string, error) {
+// credentials reads the key, and what renews it, from the environment. They are
+// never printed.
+func credentials(a config.Auth) (key string, refresh *api.Refresh, err error) {
 	if a.Header == "" {
-		return "", nil
+		return "", nil, nil
 	}
-	key := os.Getenv(a.Env)
-	if key == "" {
-		return "", errors.New("the API key is missing: set it in the environment variable " + a.Env + ", which provider.auth.env names")
+	if a.Env != "" {
+		key = os.Getenv(a.Env)
 	}
-	return a.Prefix + key, nil
+	if a.Type != config.AuthRefresh {
+		if key == "" {
+			return "", nil, errors.New("the API key is missing: set it in the environment variable " + a.Env + ", which provider.auth.env names")
+		}
+		return key, nil, nil
+	}
+	refresh = &api.Refresh{TokenURL: a.TokenURL, ClientID: a.ClientID, Token: os.Getenv(a.RefreshTokenEnv)}
+	if refresh.Token == "" {
+		return "", nil, errors.New("the refresh token is missing: set it in the environment variable " + a.RefreshTokenEnv + ", which provider.auth.refresh_token_env names")
+	}
+	if a.ClientSecretEnv != "" {
+		if refresh.ClientSecret = os.Getenv(a.ClientSecretEnv); refresh.ClientSecret == "" {
+			return "", nil, errors.New("the client's secret is missing: set it in the environment variable " + a.ClientSecretEnv + ", which provider.auth.client_secret_env names")
+		}
+	}
+	return key, refresh, nil
 }

@@ -22,7 +22,9 @@ import (
 type Config struct {
 	BaseURL       string            // absolute, http or https; a request cannot change it
 	AuthHeader    string            // carries Key; "": none
-	Key           string            // with its prefix, e.g. "Bearer …"; never logged
+	Key           string            // never logged; may be empty if it can be renewed
+	KeyPrefix     string            // in front of it, e.g. "Bearer "
+	Refresh       *Refresh          // how the key is renewed; nil: it is not
 	CreatorHeader string            // carries the creator; "": none
 	Headers       map[string]string // sent with every call
 	Timeout       time.Duration     // of a whole call, unless its operation has one
@@ -49,6 +51,8 @@ type Client struct {
 	header    http.Header // of every call
 	transport *http.Transport
 	ops       map[string]*operation
+
+	credentials *credentials
 }
 
 type operation struct {
@@ -77,10 +81,6 @@ func New(cfg Config) (*Client, error) {
 	for name, value := range cfg.Headers {
 		c.header.Set(name, value)
 	}
-	if cfg.AuthHeader != "" {
-		// As it is spelled: some providers compare it byte by byte.
-		c.header[cfg.AuthHeader] = []string{cfg.Key}
-	}
 	for name, op := range cfg.Operations {
 		if c.ops[name], err = compile(op); err != nil {
 			return nil, fmt.Errorf("operation %q: %w", name, err)
@@ -96,6 +96,7 @@ func New(cfg Config) (*Client, error) {
 		IdleConnTimeout:     30 * time.Second,
 		TLSHandshakeTimeout: 10 * time.Second,
 	}
+	c.credentials = newCredentials(&cfg, c.transport)
 	return c, nil
 }
 
@@ -181,7 +182,14 @@ func (c *Client) Prepare(r *publisher.Request) (func(context.Context) classify.A
 			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 		}).WithContext(ctx)
 		once(req, op.safe, body)
-		return c.do(req)
+		used := c.credentials.current.Load()
+		if name := c.credentials.header; name != "" {
+			// As it is spelled: some providers compare it byte by byte.
+			req.Header[name] = used.value
+		}
+		a := c.do(req)
+		a.Credentials = used.number
+		return a
 	}, nil
 }
 

@@ -52,7 +52,18 @@ func (c *Config) problems() (found []problem) {
 			"provider.base_url", "must be an absolute http or https URL without user, query and fragment")
 	}
 	header("provider.auth.header", p.Auth.Header)
-	must(p.Auth.Header == "" || p.Auth.Env != "", "provider.auth", "needs env, the variable of the environment that holds the API key")
+	switch a := p.Auth; a.Type {
+	case AuthKey:
+		must(a.Header == "" || a.Env != "", "provider.auth", "needs env, the variable of the environment that holds the API key")
+		must(a.TokenURL == "" && a.RefreshTokenEnv == "", "provider.auth.type", "must be refresh_token if there is a token_url or a refresh_token_env")
+	case AuthRefresh:
+		must(a.Header != "", "provider.auth", "needs header, which carries the access token, such as Authorization")
+		must(a.RefreshTokenEnv != "", "provider.auth", "needs refresh_token_env, the variable of the environment that holds the refresh token")
+		u, err := url.Parse(a.TokenURL)
+		must(err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "" && u.User == nil, "provider.auth.token_url", "must be an absolute http or https URL, not %q", a.TokenURL)
+	default:
+		must(false, "provider.auth.type", "must be key or refresh_token, not %q", a.Type)
+	}
 	header("provider.creator_header", p.CreatorHeader)
 	for name := range p.Headers {
 		header("provider.headers", name)
@@ -103,6 +114,8 @@ func (c *Config) problems() (found []problem) {
 		must(slices.Contains([]string{"", "none", "payload"}, op.Body), path+".body", "must be payload or none, not %q", op.Body)
 		must(op.Body != "payload" || op.Method != http.MethodGet && op.Method != http.MethodHead, path+".body", "cannot be sent with %s", op.Method)
 		must(slices.Contains([]string{"", "fail", "empty"}, op.NotFound), path+".not_found", "must be fail or empty, not %q", op.NotFound)
+		must(slices.Contains([]string{"", "dead_letter", "retry"}, op.Uncertain), path+".uncertain", "must be dead_letter or retry, not %q", op.Uncertain)
+		must(op.Uncertain == "" || op.Idempotent != nil && !*op.Idempotent, path+".uncertain", "is for operations with idempotent: false")
 		must(op.Timeout >= 0, path+".timeout", "must not be negative")
 		if r := op.Retry; r != nil {
 			must(r.Attempts >= 0 && r.Attempts <= 100, path+".retry.attempts", "must be 1 to 100, not %d", r.Attempts)

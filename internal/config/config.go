@@ -54,10 +54,24 @@ type Provider struct {
 // Auth names the header that carries the API key, and the variable of the
 // environment that holds it. The key itself is in no file.
 type Auth struct {
+	Type   string `yaml:"type"` // key or refresh_token
 	Header string `yaml:"header"`
 	Env    string `yaml:"env"`
 	Prefix string `yaml:"prefix"`
+
+	// Of refresh_token: where the access token is renewed, and the variables of the
+	// environment that hold what it takes.
+	TokenURL        string `yaml:"token_url"`
+	RefreshTokenEnv string `yaml:"refresh_token_env"`
+	ClientID        string `yaml:"client_id"`
+	ClientSecretEnv string `yaml:"client_secret_env"`
 }
+
+// Kinds of Auth.
+const (
+	AuthKey     = "key"
+	AuthRefresh = "refresh_token"
+)
 
 // Limits of calls.
 type Limits struct {
@@ -107,6 +121,7 @@ type Operation struct {
 	Body       string            `yaml:"body,omitempty"`      // payload or none
 	NotFound   string            `yaml:"not_found,omitempty"` // fail or empty
 	Idempotent *bool             `yaml:"idempotent,omitempty"`
+	Uncertain  string            `yaml:"uncertain,omitempty"` // dead_letter or retry
 	Timeout    time.Duration     `yaml:"timeout,omitempty"`
 	Retry      *OperationRetry   `yaml:"retry,omitempty"`
 }
@@ -140,7 +155,7 @@ func Default() Config {
 	return Config{
 		NATS:       NATS{Replicas: 1},
 		Partitions: 32,
-		Provider:   Provider{Name: "api", Profile: "generic", Timeout: 10 * time.Second, MaxResponseBytes: 16 << 20},
+		Provider:   Provider{Name: "api", Profile: "generic", Timeout: 10 * time.Second, MaxResponseBytes: 16 << 20, Auth: Auth{Type: AuthKey}},
 		Limits: Limits{
 			Creator:       CreatorLimits{Rate: Unlimited, Burst: 1, Concurrency: 3},
 			InFlight:      1024,

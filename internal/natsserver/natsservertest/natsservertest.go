@@ -2,7 +2,10 @@
 package natsservertest
 
 import (
+	"errors"
+	"net"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,6 +26,50 @@ func Connect(t testing.TB) *nats.Conn {
 	}
 	t.Cleanup(nc.Close)
 	return nc
+}
+
+// Broker is a broker inside the process, without a network, that can be stopped
+// and started again.
+type Broker struct {
+	t   testing.TB
+	dir string
+	srv atomic.Pointer[server.Server] // nil: stopped
+}
+
+// NewBroker starts one. It ends with the test.
+func NewBroker(t testing.TB) *Broker {
+	b := &Broker{t: t, dir: t.TempDir()}
+	b.Start()
+	t.Cleanup(b.Stop)
+	return b
+}
+
+// Start starts it again on its old folder.
+func (b *Broker) Start() {
+	srv, err := server.NewServer(&server.Options{DontListen: true, StoreDir: b.dir, JetStream: true, NoSigs: true, NoLog: true})
+	if err != nil {
+		b.t.Error(err)
+		return
+	}
+	srv.Start()
+	b.srv.Store(srv)
+}
+
+// Stop stops it.
+func (b *Broker) Stop() {
+	if srv := b.srv.Swap(nil); srv != nil {
+		srv.Shutdown()
+		srv.WaitForShutdown()
+	}
+}
+
+// InProcessConn makes it something that nats.InProcessServer connects to, again and
+// again.
+func (b *Broker) InProcessConn() (net.Conn, error) {
+	if srv := b.srv.Load(); srv != nil {
+		return srv.InProcessConn()
+	}
+	return nil, errors.New("the broker is stopped")
 }
 
 // Simulate runs a test in a bubble of simulated time, in which hours pass in
