@@ -139,11 +139,16 @@ type Worker struct {
 	stats struct{ calls, results, deadLetters, retries, held atomic.Int64 }
 }
 
-// New binds to what publisher.Topology.Ensure has made. It calls nobody.
+// New binds to what publisher.Topology.Ensure has made. It calls nobody. The connection must
+// not keep what is written while it is down (nats.ReconnectBufSize(-1)): sent later, it
+// would settle what is another worker's by then.
 func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	gates, err := resilience.NewGates(cfg.Gates)
 	if err != nil {
 		return nil, err
+	}
+	if nc.Opts.ReconnectBufSize >= 0 {
+		return nil, errors.New("a worker's connection must not buffer while it is down; connect with nats.ReconnectBufSize(-1)")
 	}
 	if cfg.Observer == nil {
 		cfg.Observer = nobody{}
@@ -178,7 +183,7 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 			return nil, fmt.Errorf("bind to bucket %s (has `headgate setup` been run?): %w", ns.Stream(name), err)
 		}
 	}
-	w.holds = &holds{kv: buckets[publisher.Holds], log: cfg.Log, creators: make(map[string]resilience.Hold)}
+	w.holds = &holds{kv: buckets[publisher.Holds], log: cfg.Log, known: make(map[string]knownHold)}
 	w.limits = &limits{kv: buckets[publisher.Limits], log: cfg.Log, usual: cfg.Gates.Creator, creators: make(map[string]resilience.Limits)}
 	w.members = newMembers(buckets[publisher.Owners], cfg.Name, cfg.Log)
 	w.budget = &budget{kv: buckets[publisher.Budgets], rate: cfg.Gates.Account, log: cfg.Log, wanted: make(chan struct{}, 1)}

@@ -42,9 +42,15 @@ type holds struct {
 	kv  jetstream.KeyValue
 	log zerolog.Logger
 
-	mu       sync.RWMutex
-	creators map[string]resilience.Hold
-	unsaved  map[string]resilience.Hold // by key: could not be stored yet
+	mu    sync.RWMutex
+	known map[string]knownHold // by key
+}
+
+// knownHold is a hold and the revision under which it is stored; 0: it is not,
+// or not yet.
+type knownHold struct {
+	resilience.Hold
+	revision uint64
 }
 
 // storedHold is a hold as JSON in HOLDS.
@@ -99,47 +105,55 @@ func encodeHold(h resilience.Hold) ([]byte, error) {
 }
 
 func (hs *holds) of(creator string) (resilience.Hold, bool) {
+	token, err := publisher.EncodeToken(creator)
+	if err != nil {
+		return resilience.Hold{}, false
+	}
 	hs.mu.RLock()
 	defer hs.mu.RUnlock()
-	h, ok := hs.creators[creator]
-	return h, ok
+	h, ok := hs.known[holdCreator+token]
+	return h.Hold, ok
 }
 
-// keep remembers a hold of a creator, wherever its partition goes meanwhile.
-func (hs *holds) keep(creator string, h resilience.Hold) {
+// keep remembers a hold, wherever its partition goes meanwhile.
+func (hs *holds) keep(key string, h resilience.Hold, revision uint64) {
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
-	if old, there := hs.creators[creator]; !there || h.Outlasts(&old) {
-		hs.creators[creator] = h
+	old, there := hs.known[key]
+	switch {
+	case !there || h.Outlasts(&old.Hold):
+		hs.known[key] = knownHold{h, revision}
+	case h.Until.Equal(old.Until):
+		old.revision = max(old.revision, revision)
+		hs.known[key] = old
 	}
 }
 
-// later stores a hold that could not be stored, with the next heartbeat.
-func (hs *holds) later(key string, h resilience.Hold) {
+// drop forgets a hold that was released in the bucket. It reports false if the one
+// that is known is newer: news of the bucket may be late.
+func (hs *holds) drop(key string, revision uint64) bool {
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
-	if hs.unsaved == nil {
-		hs.unsaved = make(map[string]resilience.Hold)
+	if old, there := hs.known[key]; there && (old.revision == 0 || old.revision > revision) {
+		return false
 	}
-	if old, there := hs.unsaved[key]; !there || h.Outlasts(&old) {
-		hs.unsaved[key] = h
-	}
+	delete(hs.known, key)
+	return true
 }
 
 // save stores what could not be stored before.
 func (hs *holds) save(ctx context.Context, now time.Time) {
-	hs.mu.Lock()
-	unsaved := hs.unsaved
-	hs.unsaved = nil
-	hs.mu.Unlock()
-	for key, h := range unsaved {
-		if name, err := creatorOf(key); err == nil {
-			if newer, there := hs.of(name); there && newer.Outlasts(&h) {
-				continue
-			}
+	unsaved := map[string]resilience.Hold{}
+	hs.mu.RLock()
+	for key, h := range hs.known {
+		if h.revision == 0 && h.Stands(now) && now.Sub(h.Since) > beatEvery {
+			unsaved[key] = h.Hold
 		}
-		if h.Stands(now) && hs.store(ctx, key, h) != nil {
-			hs.later(key, h)
+	}
+	hs.mu.RUnlock()
+	for key, h := range unsaved {
+		if err := hs.store(ctx, key, h); err != nil {
+			return // the next ones would not fare better
 		}
 	}
 }
@@ -150,14 +164,11 @@ func (hs *holds) store(ctx context.Context, key string, h resilience.Hold) error
 	if err != nil {
 		return fmt.Errorf("encode hold: %w", err)
 	}
-	if _, err := hs.kv.Put(ctx, key, value); err != nil {
+	revision, err := hs.kv.Put(ctx, key, value)
+	if err != nil {
 		return fmt.Errorf("store hold %s: %w", key, err)
 	}
-	hs.mu.Lock()
-	defer hs.mu.Unlock()
-	if old, there := hs.unsaved[key]; there && !old.Outlasts(&h) {
-		delete(hs.unsaved, key)
-	}
+	hs.keep(key, h, revision)
 	return nil
 }
 
@@ -172,14 +183,11 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	}
 
 	if entry.Operation() != jetstream.KeyValuePut {
-		hs.mu.Lock()
-		delete(hs.unsaved, key)
-		hs.mu.Unlock()
+		if !hs.drop(key, entry.Revision()) {
+			return
+		}
 		switch {
 		case isCreator:
-			hs.mu.Lock()
-			delete(hs.creators, name)
-			hs.mu.Unlock()
 			w.released(name)
 		case key == holdAccount:
 			w.gates.ReleaseAccount()
@@ -199,9 +207,9 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	if !h.Stands(time.Now()) {
 		return
 	}
+	hs.keep(key, h, entry.Revision())
 	switch {
 	case isCreator:
-		hs.keep(name, h)
 		for _, p := range w.partitions {
 			p.hold(name, h)
 		}
@@ -212,29 +220,22 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	}
 }
 
-// expire deletes holds that are over from the bucket.
+// expire deletes creators' holds that are over from the bucket. Those of all end with a
+// call that finds out.
 func (hs *holds) expire(ctx context.Context, now time.Time) {
 	hs.mu.Lock()
-	var over []string
-	for name, h := range hs.creators {
-		if !h.Stands(now) {
-			over = append(over, name)
-			delete(hs.creators, name)
+	over := map[string]knownHold{}
+	for key, h := range hs.known {
+		if strings.HasPrefix(key, holdCreator) && !h.Stands(now) {
+			over[key] = h
+			delete(hs.known, key)
 		}
 	}
 	hs.mu.Unlock()
-	for _, name := range over {
-		token, err := publisher.EncodeToken(name)
-		if err != nil {
-			continue
-		}
-		entry, err := hs.kv.Get(ctx, holdCreator+token)
-		if err != nil {
-			continue
-		}
-		if h, err := parseHold(entry.Value(), entry.Created()); err == nil && !h.Stands(now) {
-			// Only this revision: somebody may hold the creator again by now.
-			_ = hs.kv.Delete(ctx, entry.Key(), jetstream.LastRevision(entry.Revision()))
+	for key, h := range over {
+		if h.revision != 0 {
+			// Only this revision: it may be held again by now.
+			_ = hs.kv.Delete(ctx, key, jetstream.LastRevision(h.revision))
 		}
 	}
 }

@@ -76,10 +76,12 @@ type world struct {
 	cfg     Config
 	planted bool
 	began   time.Time
+	answer  func(context.Context, *simWorker, *publisher.Request) classify.Answer
 
 	mu      sync.Mutex
 	fates   *rand.Rand
-	acked   map[string]uint64 // requests with a PubAck, and where they are stored
+	asked   map[string]bool   // requests
+	acked   map[string]uint64 // those with a PubAck, and where they are stored
 	calls   map[string][]*simCall
 	faults  []time.Time
 	windows map[string][]window // by creator
@@ -89,9 +91,9 @@ type world struct {
 }
 
 type simCall struct {
-	worker     string
-	operation  string
-	start, end time.Time
+	worker    string
+	operation string
+	start     time.Time
 	// certain: the worker got an answer that says that nothing was done.
 	certain   bool
 	retryable bool
@@ -105,9 +107,17 @@ type window struct {
 }
 
 func simulate(t *testing.T, seed uint64, planted bool) (found []string) {
+	w := newWorld(t, seed)
+	w.planted = planted
+	w.run()
+	return w.found
+}
+
+func newWorld(t *testing.T, seed uint64) *world {
+	t.Helper()
 	w := &world{
-		t: t, rng: rand.New(rand.NewPCG(seed, 1)), fates: rand.New(rand.NewPCG(seed, 2)), planted: planted, began: time.Now(),
-		acked: map[string]uint64{}, calls: map[string][]*simCall{}, windows: map[string][]window{}, log: io.Discard,
+		t: t, rng: rand.New(rand.NewPCG(seed, 1)), fates: rand.New(rand.NewPCG(seed, 2)), began: time.Now(),
+		asked: map[string]bool{}, acked: map[string]uint64{}, calls: map[string][]*simCall{}, windows: map[string][]window{}, log: io.Discard,
 	}
 	if os.Getenv("HEADGATE_TEST_LOG") != "" {
 		w.log = os.Stderr
@@ -117,7 +127,7 @@ func simulate(t *testing.T, seed uint64, planted bool) (found []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer nc.Close()
+	t.Cleanup(nc.Close)
 	if w.js, err = jetstream.New(nc, jetstream.WithDefaultTimeout(2*time.Second)); err != nil {
 		t.Fatal(err)
 	}
@@ -136,11 +146,11 @@ func simulate(t *testing.T, seed uint64, planted bool) (found []string) {
 		Gates: resilience.DefaultConfig(), Grace: 2 * time.Second, Log: zerolog.New(w.log),
 	}
 	w.cfg.Gates.Creator.PerSecond, w.cfg.Gates.Creator.Burst = 5, 10
+	w.answer = w.fate
 	if _, err := w.cfg.Topology.Ensure(t.Context(), w.js); err != nil {
 		t.Fatal(err)
 	}
-	w.run()
-	return w.found
+	return w
 }
 
 // run is the course of a simulation.
@@ -216,23 +226,26 @@ func (w *world) run() {
 	}
 	w.fault()
 	start()
-	deadline := time.Now().Add(time.Hour)
-	for {
-		missing, err := w.check()
-		if err == nil && missing == "" {
-			break
-		}
-		if time.Now().After(deadline) {
-			w.violation("not drained an hour after the last fault: %s (%v)", missing, err)
-			break
-		}
-		time.Sleep(5 * time.Second)
-	}
+	w.drained(time.Hour)
 	time.Sleep(3 * time.Minute) // for whatever comes late
 	if missing, err := w.check(); err != nil || missing != "" {
 		w.violation("at the end: %s (%v)", missing, err)
 	}
 	w.judge()
+}
+
+// drained waits until every request with a PubAck has its outcome.
+func (w *world) drained(limit time.Duration) {
+	for deadline := time.Now().Add(limit); ; time.Sleep(5 * time.Second) {
+		missing, err := w.check()
+		if err == nil && missing == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			w.violation("not drained after %v: %s (%v)", limit, missing, err)
+			return
+		}
+	}
 }
 
 func (w *world) fault() {
@@ -250,11 +263,18 @@ func (w *world) violation(format string, args ...any) {
 }
 
 func (w *world) publish(n, creators int) {
-	id, operation := fmt.Sprintf("r-%d", n), "send"
+	operation := "send"
 	if w.rng.IntN(4) == 0 {
 		operation = "pay"
 	}
-	m := nats.NewMsg(fmt.Sprintf("requests.c%d.%s", w.rng.IntN(creators), operation))
+	w.publishAs(fmt.Sprintf("r-%d", n), fmt.Sprintf("c%d", w.rng.IntN(creators)), operation)
+}
+
+func (w *world) publishAs(id, creator, operation string) {
+	w.mu.Lock()
+	w.asked[id] = true
+	w.mu.Unlock()
+	m := nats.NewMsg("requests." + creator + "." + operation)
 	m.Header.Set(nats.MsgIdHdr, id)
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -356,16 +376,16 @@ type line0 struct {
 
 func (l *line0) InProcessConn() (net.Conn, error) {
 	l.mu.Lock()
-	dead := l.dead
+	cut := l.dead || l.frozen != nil
 	l.mu.Unlock()
-	if dead {
-		return nil, errors.New("this worker is dead")
+	if cut {
+		return nil, errors.New("the broker cannot be reached")
 	}
 	conn, err := l.server.InProcessConn()
 	if err != nil {
 		return nil, err
 	}
-	c := &lineConn{Conn: conn, line: l}
+	c := &lineConn{Conn: conn, line: l, made: time.Now()}
 	l.mu.Lock()
 	l.open = append(l.open, c)
 	l.mu.Unlock()
@@ -410,16 +430,26 @@ func (l *line0) cut() {
 type lineConn struct {
 	net.Conn
 	line *line0
+	made time.Time
 
 	writing sync.Mutex
 	late    []byte
 }
 
+// state of the line. A connection that is just being made is spared: the client
+// holds a lock meanwhile, for which simulated time does not pass.
+func (c *lineConn) state() (dead bool, frozen chan struct{}) {
+	c.line.mu.Lock()
+	defer c.line.mu.Unlock()
+	if time.Since(c.made) < time.Second {
+		return c.line.dead, nil
+	}
+	return c.line.dead, c.line.frozen
+}
+
 func (c *lineConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	c.line.mu.Lock()
-	frozen := c.line.frozen
-	c.line.mu.Unlock()
+	_, frozen := c.state()
 	if frozen != nil {
 		<-frozen
 	}
@@ -429,9 +459,7 @@ func (c *lineConn) Read(b []byte) (int, error) {
 func (c *lineConn) Write(b []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	c.line.mu.Lock()
-	dead, frozen := c.line.dead, c.line.frozen
-	c.line.mu.Unlock()
+	dead, frozen := c.state()
 	switch {
 	case dead:
 		return 0, net.ErrClosed
@@ -453,9 +481,7 @@ func (c *lineConn) flush() {
 
 // Close of a frozen line leaves what was written under way.
 func (c *lineConn) Close() error {
-	c.line.mu.Lock()
-	frozen := c.line.frozen
-	c.line.mu.Unlock()
+	_, frozen := c.state()
 	if frozen == nil {
 		return c.Conn.Close()
 	}
@@ -484,45 +510,23 @@ func (a simAPI) call(ctx context.Context, req *publisher.Request) classify.Answe
 	w.calls[req.ID] = append(w.calls[req.ID], c)
 	for _, win := range w.windows[req.Creator] {
 		if win.worker == a.s.name && c.start.After(win.from) && c.start.Before(win.till) {
-			w.found = append(w.found, fmt.Sprintf("%s called %s %v before a window ended that it knew", a.s.name, req.Creator, win.till.Sub(c.start)))
+			w.found = append(w.found, fmt.Sprintf("at %v %s called %s %v before a window ended that it knew since %v",
+				c.start.Sub(w.began), a.s.name, req.Creator, win.till.Sub(c.start), win.from.Sub(w.began)))
 		}
 	}
-	fate, latency := w.fates.IntN(100), time.Duration(w.fates.IntN(3000))*time.Millisecond
-	hold := time.Duration(1+w.fates.IntN(90)) * time.Second
 	w.mu.Unlock()
-
-	select {
-	case <-time.After(latency):
-	case <-ctx.Done():
-		return classify.Answer{Err: ctx.Err()}
-	}
-	var ans classify.Answer
-	certain, retryable := true, true
-	switch {
-	case fate < 8:
-		ans = answer(429, "Retry-After", strconv.Itoa(int(hold.Seconds())))
-	case fate < 14:
-		ans = answer(503)
-	case fate < 16:
-		ans = answer(503, "Retry-After", strconv.Itoa(int(hold.Seconds())))
-	case fate < 18:
-		ans, retryable = answer(404), false
-	case fate < 20:
-		ans, retryable = answer(422), false
-	case fate < 23:
-		ans, certain = classify.Answer{Err: syscall.ECONNRESET}, false
-	case fate < 24:
+	defer func() {
 		w.mu.Lock()
-		c.end, c.ended = time.Now(), true
+		c.ended = true
 		w.mu.Unlock()
-		panic("the API's client panics")
-	default:
-		ans, certain, retryable = ok(), false, false
-	}
+	}()
+	ans := w.answer(ctx, a.s, req)
 	w.mu.Lock()
-	c.end, c.ended, c.certain, c.retryable = time.Now(), true, certain, retryable
-	if fate < 8 || fate >= 14 && fate < 16 {
-		w.windows[req.Creator] = append(w.windows[req.Creator], window{a.s.name, c.end, c.end.Add(hold)})
+	c.retryable = ans.Status == 429 || ans.Status == 503 || ans.Err != nil
+	c.certain = ans.Status == 429 || ans.Status == 503
+	if d, err := strconv.Atoi(ans.Header.Get("Retry-After")); err == nil {
+		now := time.Now()
+		w.windows[req.Creator] = append(w.windows[req.Creator], window{a.s.name, now, now.Add(time.Duration(d) * time.Second)})
 	}
 	seq, known := w.acked[req.ID]
 	w.mu.Unlock()
@@ -535,6 +539,51 @@ func (a simAPI) call(ctx context.Context, req *publisher.Request) classify.Answe
 		}
 	}
 	return ans
+}
+
+// fate is what chance makes of a call.
+func (w *world) fate(ctx context.Context, _ *simWorker, _ *publisher.Request) classify.Answer {
+	w.mu.Lock()
+	fate, latency := w.fates.IntN(100), time.Duration(w.fates.IntN(3000))*time.Millisecond
+	hold := strconv.Itoa(1 + w.fates.IntN(90))
+	w.mu.Unlock()
+	select {
+	case <-time.After(latency):
+	case <-ctx.Done():
+		return classify.Answer{Err: ctx.Err()}
+	}
+	switch {
+	case fate < 8:
+		return answer(429, "Retry-After", hold)
+	case fate < 14:
+		return answer(503)
+	case fate < 16:
+		return answer(503, "Retry-After", hold)
+	case fate < 18:
+		return answer(404)
+	case fate < 20:
+		return answer(422)
+	case fate < 23:
+		return classify.Answer{Err: syscall.ECONNRESET}
+	case fate < 24:
+		panic("the API's client panics")
+	}
+	return ok()
+}
+
+// subjects of a stream and how many messages each has.
+func (w *world) subjects(stream string) map[string]uint64 {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	s, err := w.js.Stream(ctx, stream)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	info, err := s.Info(ctx, jetstream.WithSubjectFilter(">"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return info.State.Subjects
 }
 
 // check compares the requests with a PubAck with what is stored: each has one
@@ -574,7 +623,7 @@ func (w *world) check() (missing string, err error) {
 		if len(all) > 1 {
 			w.violation("%s has %d outcomes: %v", id, len(all), all)
 		}
-		if n, err := strconv.Atoi(strings.TrimPrefix(id, "r-")); err != nil || n < 0 {
+		if !w.asked[id] {
 			w.violation("an outcome without a request: %v", all)
 		}
 	}

@@ -221,9 +221,7 @@ func (w *Worker) hold(c *creator, d *delivery, v verdict) {
 	if !counts {
 		return
 	}
-	if key != holdAccount && key != holdProvider {
-		w.holds.keep(c.name, h)
-	}
+	w.holds.keep(key, h, 0)
 	event := w.log.Warn().Str("held", key).Str("class", string(h.Class)).Str("reason", h.Reason).Str("request", d.req.ID)
 	if !h.Until.IsZero() {
 		event = event.Time("until", h.Until)
@@ -237,7 +235,6 @@ func (w *Worker) hold(c *creator, d *delivery, v verdict) {
 		err = w.holds.store(ctx, key, h)
 	}
 	if err != nil {
-		w.holds.later(key, h)
 		w.log.Error().Err(err).Str("held", key).Msg("a hold is known to this worker only, until it can be stored; trying again")
 	}
 }

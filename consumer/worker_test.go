@@ -38,11 +38,16 @@ type rig struct {
 
 func newRig(t testing.TB, change func(*Config)) *rig {
 	t.Helper()
+	return newRigOn(t, natsservertest.Connect(t), change)
+}
+
+func newRigOn(t testing.TB, nc *nats.Conn, change func(*Config)) *rig {
+	t.Helper()
 	profile, err := classify.Load("generic")
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{t: t, nc: natsservertest.Connect(t), calls: map[string][]time.Time{}}
+	r := &rig{t: t, nc: nc, calls: map[string][]time.Time{}}
 	r.api = func(context.Context, *publisher.Request) classify.Answer { return ok() }
 	out := io.Discard
 	if os.Getenv("HEADGATE_TEST_LOG") != "" {

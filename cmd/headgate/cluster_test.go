@@ -63,13 +63,16 @@ type fleet struct {
 	workers map[string]*exec.Cmd
 	number  int
 	api     *fleetAPI
+	apiURL  string
+	through string // where the workers find the servers; "": where they are
+	pay     bool   // every fifth request is one that must not be called twice
 
 	mu    sync.Mutex
 	acked []string // ids of requests with a PubAck
 }
 
 const fleetConfig = `
-nats: {replicas: 3}
+nats: {replicas: REPLICAS}
 partitions: 16
 provider:
   name: fleet
@@ -84,6 +87,7 @@ limits:
 shutdown_grace: 5s
 operations:
   "*": {method: POST, path: "/{operation}", body: payload}
+  pay: {method: POST, path: /pay, body: payload, idempotent: false}
 `
 
 func freePorts(t *testing.T, n int) (ports []int) {
@@ -101,13 +105,22 @@ func freePorts(t *testing.T, n int) (ports []int) {
 
 func newFleet(t *testing.T) *fleet {
 	t.Helper()
-	f := &fleet{t: t, dir: t.TempDir(), workers: map[string]*exec.Cmd{}, servers: make([]*exec.Cmd, 3)}
-	ports := freePorts(t, 6)
-	for n := range 3 {
-		f.nodes = append(f.nodes, natsservertest.Node{
-			Conf: "../../deploy/cluster/nats.conf", Name: fmt.Sprintf("nats-%d", n+1), Dir: filepath.Join(f.dir, fmt.Sprint(n)),
-			Port: ports[n], Route: ports[3+n], Routes: ports[3:],
-		})
+	return newFleetOf(t, 3)
+}
+
+func newFleetOf(t *testing.T, servers int) *fleet {
+	t.Helper()
+	f := &fleet{t: t, dir: t.TempDir(), workers: map[string]*exec.Cmd{}, servers: make([]*exec.Cmd, servers)}
+	ports := freePorts(t, 2*servers)
+	for n := range servers {
+		node := natsservertest.Node{
+			Conf: "../../nats.conf", Name: fmt.Sprintf("nats-%d", n+1), Dir: filepath.Join(f.dir, fmt.Sprint(n)),
+			Port: ports[n], Route: ports[servers+n],
+		}
+		if servers > 1 {
+			node.Conf, node.Routes = "../../deploy/cluster/nats.conf", ports[servers:]
+		}
+		f.nodes = append(f.nodes, node)
 		f.startServer(n)
 	}
 	t.Cleanup(func() {
@@ -118,10 +131,11 @@ func newFleet(t *testing.T) *fleet {
 			f.killServer(n)
 		}
 	})
-	f.api = &fleetAPI{inFlight: map[string]map[string]int{}, calls: map[string][]time.Time{}, keys: map[string]int{}}
+	f.api = &fleetAPI{inFlight: map[string]map[string]int{}, calls: map[string][]time.Time{}, keys: map[string]int{}, latency: 30 * time.Millisecond}
 	server := httptest.NewServer(f.api)
 	t.Cleanup(server.Close)
-	f.config = fmt.Sprintf(fleetConfig, server.URL)
+	f.apiURL = server.URL
+	f.config = strings.Replace(fmt.Sprintf(fleetConfig, server.URL), "REPLICAS", fmt.Sprint(servers), 1)
 
 	var err error
 	eventually(t, "the cluster takes connections", func() bool {
@@ -180,7 +194,7 @@ func (f *fleet) command(worker string, args ...string) *exec.Cmd {
 	if err := os.WriteFile(path, []byte(strings.Replace(f.config, "WORKER", worker, 1)), 0o600); err != nil {
 		f.t.Fatal(err)
 	}
-	cmd := exec.Command(os.Args[0], append(args, "-c", path, "--server", natsservertest.URLs(f.nodes), "--log-format", "json")...)
+	cmd := exec.Command(os.Args[0], append(args, "-c", path, "--server", orElse(f.through, natsservertest.URLs(f.nodes)), "--log-format", "json")...)
 	cmd.Env = append(os.Environ(), asProgram+"=1")
 	return cmd
 }
@@ -281,7 +295,11 @@ func (f *fleet) load(ctx context.Context, creators int, every time.Duration) {
 			return
 		case <-t.C:
 		}
-		m := nats.NewMsg(fmt.Sprintf("requests.creator-%d.send", n%creators))
+		operation := "send"
+		if f.pay && n%5 == 0 {
+			operation = "pay"
+		}
+		m := nats.NewMsg(fmt.Sprintf("requests.creator-%d.%s", n%creators, operation))
 		id := fmt.Sprintf("r-%d", n)
 		m.Header.Set(nats.MsgIdHdr, id)
 		// Until there is a PubAck: an ingester does the same.
@@ -392,7 +410,9 @@ func (f *fleet) collect(stream string, token int, outcomes map[string]int) error
 		return err
 	}
 	for subject, n := range info.State.Subjects {
-		outcomes[strings.Split(subject, ".")[token]] += int(n)
+		if tokens := strings.Split(subject, "."); len(tokens) > token { // else a fence
+			outcomes[tokens[token]] += int(n)
+		}
 	}
 	return nil
 }
@@ -406,6 +426,22 @@ type fleetAPI struct {
 	keys     map[string]int // Idempotency-Key → calls
 	last     time.Time
 	gap      time.Duration // longest time without a call
+	latency  time.Duration
+	paid     map[string]int // calls that must not be made twice, by key
+	poison   func(worker string)
+}
+
+// flying is how many calls are under way, or have only just ended.
+func (a *fleetAPI) flying() (n int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	recent := time.Now().Add(-a.latency - 100*time.Millisecond)
+	for _, calls := range a.calls {
+		for i := len(calls) - 1; i >= 0 && calls[i].After(recent); i-- {
+			n++
+		}
+	}
+	return n
 }
 
 func (a *fleetAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -426,8 +462,18 @@ func (a *fleetAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	a.calls[creator] = append(a.calls[creator], now)
 	a.keys[r.Header.Get("Idempotency-Key")]++
+	if r.URL.Path == "/pay" {
+		if a.paid == nil {
+			a.paid = map[string]int{}
+		}
+		a.paid[r.Header.Get("Idempotency-Key")]++
+	}
+	latency, poison := a.latency, a.poison
 	a.mu.Unlock()
-	wait := time.NewTimer(30 * time.Millisecond)
+	if poison != nil && r.Header.Get("Idempotency-Key") == "poison" {
+		poison(worker)
+	}
+	wait := time.NewTimer(latency)
 	select {
 	case <-wait.C:
 	case <-r.Context().Done():
@@ -453,15 +499,25 @@ func (a *fleetAPI) judge(t *testing.T, perSecond float64, burst int) {
 	}
 	slices.SortFunc(all, time.Time.Compare)
 	keeps(t, "the account", all, 500, 50)
-	total, again := 0, 0
-	for _, n := range a.keys {
-		again += n - 1
+	total, again := 0, a.again()
+	for key, n := range a.paid {
+		if n > 1 {
+			t.Errorf("%s was called %d times, and must not be called twice", key, n)
+		}
 	}
 	for creator, calls := range a.calls {
 		total += len(calls)
 		keeps(t, creator, calls, perSecond, burst)
 	}
 	t.Logf("%d calls, %d of them for the second time; longest time without a call %v", total, again, a.gap.Round(time.Millisecond))
+}
+
+// again is how many calls were not the first of their request.
+func (a *fleetAPI) again() (n int) {
+	for _, calls := range a.keys {
+		n += calls - 1
+	}
+	return n
 }
 
 // keeps fails the test if calls ever go over a rate and its burst.

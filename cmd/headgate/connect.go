@@ -114,6 +114,7 @@ func (s *session) options() []nats.Option {
 	opts := []nats.Option{
 		nats.Name("headgate"),
 		nats.MaxReconnects(-1),
+		nats.ReconnectBufSize(-1), // a worker's answers must not arrive when it has lost its partitions
 		nats.ReconnectWait(500 * time.Millisecond),
 		nats.ReconnectJitter(250*time.Millisecond, time.Second),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {

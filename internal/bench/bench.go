@@ -179,7 +179,7 @@ func (s *stand) work(ctx context.Context, timeout time.Duration, change func(*co
 		return nil, nil, err
 	}
 	cfg.API = client
-	nc, err := nats.Connect(s.url)
+	nc, err := nats.Connect(s.url, nats.ReconnectBufSize(-1))
 	if err != nil {
 		return nil, nil, err
 	}

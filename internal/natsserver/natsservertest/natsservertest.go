@@ -19,8 +19,15 @@ import (
 // it. Both end with the test.
 func Connect(t testing.TB) *nats.Conn {
 	t.Helper()
-	srv := run(t, &server.Options{DontListen: true, StoreDir: t.TempDir()})
-	nc, err := nats.Connect("", nats.InProcessServer(srv))
+	return ConnectWithStore(t, 0)
+}
+
+// ConnectWithStore is Connect for a broker whose disk has so many bytes; 0: what
+// there is.
+func ConnectWithStore(t testing.TB, disk int64) *nats.Conn {
+	t.Helper()
+	srv := run(t, &server.Options{DontListen: true, StoreDir: t.TempDir(), JetStreamMaxStore: disk})
+	nc, err := nats.Connect("", nats.InProcessServer(srv), nats.ReconnectBufSize(-1))
 	if err != nil {
 		t.Fatal(err)
 	}

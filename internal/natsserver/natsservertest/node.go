@@ -10,7 +10,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// Node is one server of a cluster on loopback.
+// Node is one server on loopback, of a cluster or, without Routes, alone.
 type Node struct {
 	Conf        string // configuration file, whose addresses and folder are replaced
 	Name, Dir   string
@@ -29,7 +29,9 @@ func (n Node) Start() (*server.Server, error) {
 	}
 	opts.ServerName, opts.StoreDir = n.Name, n.Dir
 	opts.Host, opts.Port, opts.HTTPPort = "127.0.0.1", n.Port, 0
-	opts.Cluster.Host, opts.Cluster.Port = "127.0.0.1", n.Route
+	if len(n.Routes) > 0 {
+		opts.Cluster.Host, opts.Cluster.Port = "127.0.0.1", n.Route
+	}
 	opts.Routes = nil
 	for _, port := range n.Routes {
 		opts.Routes = append(opts.Routes, &url.URL{Scheme: "nats-route", Host: fmt.Sprintf("127.0.0.1:%d", port)})

@@ -1,0 +1,138 @@
+//go:build failpoints
+
+package consumer
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/failpoint"
+	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
+	"github.com/headgate-io/headgate/publisher"
+)
+
+// TestFailpoints breaks a worker at every step of a request's way, by an error, by a
+// panic and by the end of its process, five times each: nothing is lost and
+// nothing has two outcomes.
+func TestFailpoints(t *testing.T) {
+	hits := map[failpoint.Point]int64{}
+	for _, point := range failpoint.Points {
+		for _, action := range []string{"error", "panic", "kill"} {
+			for n := range 5 {
+				natsservertest.Simulate(t, func(t *testing.T) {
+					hit, found := breakAt(t, point, action, uint64(n))
+					hits[point] += hit
+					for _, f := range found {
+						t.Errorf("%s at %s, run %d: %s", action, point, n, f)
+					}
+				})
+			}
+		}
+	}
+	for _, point := range failpoint.Points {
+		if hits[point] == 0 {
+			t.Errorf("nothing passes the failpoint %s", point)
+		}
+	}
+}
+
+// breakAt runs one worker at a time, and breaks it the second and third time that it passes a point.
+func breakAt(t *testing.T, point failpoint.Point, action string, seed uint64) (hit int64, found []string) {
+	w := newWorld(t, seed)
+	defer failpoint.Set(nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	var helpers sync.WaitGroup
+	defer helpers.Wait()
+	defer cancel()
+	helpers.Go(func() { w.expireLeases(ctx) })
+
+	var mu sync.Mutex
+	calls := map[string]int{}
+	w.answer = func(ctx context.Context, _ *simWorker, req *publisher.Request) classify.Answer {
+		sleep(ctx, 100*time.Millisecond)
+		mu.Lock()
+		calls[req.ID]++
+		again := calls[req.ID] > 1
+		mu.Unlock()
+		// Every kind of fate, by the request's number.
+		switch last := req.ID[len(req.ID)-1]; {
+		case last == '1':
+			return answer(422)
+		case again:
+			return ok()
+		case last == '2':
+			return answer(429, "Retry-After", "3")
+		case last == '3':
+			return answer(503)
+		}
+		return ok()
+	}
+
+	var current atomic.Pointer[simWorker]
+	crashes := make(chan struct{}, 16)
+	kill := func() error {
+		if s := current.Swap(nil); s != nil {
+			s.crash()
+			crashes <- struct{}{}
+		}
+		return failpoint.ErrInjected // what still runs of it cannot reach anybody
+	}
+	helpers.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-crashes:
+				w.fault()
+				current.Store(w.start())
+			}
+		}
+	})
+	do := failpoint.Actions[action]
+	switch {
+	case action == "kill", action == "panic" && (point == failpoint.Renew || point == failpoint.Release):
+		do = kill // a panic outside of a request's handling ends the process
+	}
+	var passed atomic.Int64
+	failpoint.Set(func(at failpoint.Point, _ string) error {
+		if at != point {
+			return nil
+		}
+		if n := passed.Add(1); n != 2 && n != 3 {
+			return nil
+		}
+		w.fault()
+		return do()
+	})
+
+	current.Store(w.start())
+	for n := range 20 {
+		operation := "send"
+		if n%4 == 0 {
+			operation = "pay"
+		}
+		w.publishAs(fmt.Sprintf("r-%d", n), fmt.Sprintf("c%d", n%4), operation)
+	}
+	sleep(ctx, 5*time.Second)
+	if s := current.Swap(nil); s != nil { // a hand-over in good order, too
+		s.stop()
+	}
+	current.Store(w.start())
+	w.drained(time.Hour)
+	sleep(ctx, time.Minute)
+	if missing, err := w.check(); err != nil || missing != "" {
+		w.violation("at the end: %s (%v)", missing, err)
+	}
+	failpoint.Set(nil)
+	cancel()
+	if s := current.Swap(nil); s != nil {
+		s.stop()
+	}
+	w.judge()
+	return passed.Load(), w.found
+}
