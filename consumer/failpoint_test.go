@@ -118,8 +118,10 @@ func breakAt(t *testing.T, point failpoint.Point, action string, seed uint64) (h
 		}
 		w.publishAs(fmt.Sprintf("r-%d", n), fmt.Sprintf("c%d", n%4), operation)
 	}
-	sleep(ctx, 5*time.Second)
-	if s := current.Swap(nil); s != nil { // a hand-over in good order, too
+	sleep(ctx, 500*time.Millisecond)
+	_ = kill() // there are redeliveries in any case
+	sleep(ctx, 45*time.Second)
+	if s := current.Swap(nil); s != nil { // and a hand-over in good order
 		s.stop()
 	}
 	current.Store(w.start())

@@ -73,6 +73,13 @@ func (w *Worker) attempt(p *partition, c *creator, d *delivery, permit resilienc
 	}
 	held := c.gate.Held(started)
 	inside := held != nil && held.Since.Before(permit.Started())
+	if held != nil && !inside {
+		// Another call's answer has come since this one was admitted, while it was marked.
+		end(resilience.Excluded)
+		w.unmark(d)
+		p.again(c, d, started)
+		return
+	}
 	d.called = true
 	answer := call(w.callCtx)
 	now := time.Now()
