@@ -391,7 +391,7 @@ func (w *Worker) tick(ctx context.Context) {
 		}
 		if sweep {
 			lastSweep = now
-			w.holds.expire(ctx, now)
+			w.holds.expire(ctx, now, w.owns)
 		}
 	}
 }
@@ -447,6 +447,12 @@ func (w *Worker) released(creator string) {
 	for _, p := range w.partitions {
 		p.release(creator)
 	}
+}
+
+// owns reports whether a creator is this worker's to call.
+func (w *Worker) owns(creator string) bool {
+	n, err := PartitionOf(creator, len(w.partitions))
+	return err == nil && w.partitions[n].lease.holds(time.Now())
 }
 
 func (w *Worker) replanAll() {

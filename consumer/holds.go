@@ -158,18 +158,36 @@ func (hs *holds) save(ctx context.Context, now time.Time) {
 	}
 }
 
-// store makes a hold durable and known to all workers.
+// store makes a hold durable and known to all workers, unless a longer one is. It
+// compares and sets: a write that a network held up must not shorten what came
+// meanwhile.
 func (hs *holds) store(ctx context.Context, key string, h resilience.Hold) error {
 	value, err := encodeHold(h)
 	if err != nil {
 		return fmt.Errorf("encode hold: %w", err)
 	}
-	revision, err := hs.kv.Put(ctx, key, value)
-	if err != nil {
-		return fmt.Errorf("store hold %s: %w", key, err)
+	for {
+		var revision uint64
+		entry, err := hs.kv.Get(ctx, key)
+		switch {
+		case errors.Is(err, jetstream.ErrKeyNotFound):
+			revision, err = hs.kv.Create(ctx, key, value)
+		case err == nil:
+			if there, err := parseHold(entry.Value(), entry.Created()); err == nil && there.Stands(time.Now()) && !h.Outlasts(&there) {
+				hs.keep(key, there, entry.Revision())
+				return nil
+			}
+			revision, err = hs.kv.Update(ctx, key, value, entry.Revision())
+		}
+		switch {
+		case err == nil:
+			hs.keep(key, h, revision)
+			return nil
+		case writtenBetween(err) && ctx.Err() == nil:
+		default:
+			return fmt.Errorf("store hold %s: %w", key, err)
+		}
 	}
-	hs.keep(key, h, revision)
-	return nil
 }
 
 // apply takes an entry of HOLDS, as it is or as it has become.
@@ -220,22 +238,29 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	}
 }
 
-// expire deletes creators' holds that are over from the bucket. Those of all end with a
-// call that finds out.
-func (hs *holds) expire(ctx context.Context, now time.Time) {
+// expire deletes holds that are over from the bucket, of creators that are this
+// worker's. Those of all end with a call that finds out.
+func (hs *holds) expire(ctx context.Context, now time.Time, owns func(creator string) bool) {
+	var over []string
 	hs.mu.Lock()
-	over := map[string]knownHold{}
 	for key, h := range hs.known {
 		if strings.HasPrefix(key, holdCreator) && !h.Stands(now) {
-			over[key] = h
+			over = append(over, key)
 			delete(hs.known, key)
 		}
 	}
 	hs.mu.Unlock()
-	for key, h := range over {
-		if h.revision != 0 {
+	for _, key := range over {
+		if name, err := creatorOf(key); err != nil || !owns(name) {
+			continue
+		}
+		entry, err := hs.kv.Get(ctx, key)
+		if err != nil {
+			continue
+		}
+		if h, err := parseHold(entry.Value(), entry.Created()); err == nil && !h.Stands(now) {
 			// Only this revision: it may be held again by now.
-			_ = hs.kv.Delete(ctx, key, jetstream.LastRevision(h.revision))
+			_ = hs.kv.Delete(ctx, key, jetstream.LastRevision(entry.Revision()))
 		}
 	}
 }

@@ -88,6 +88,8 @@ type creator struct {
 	timer   *time.Timer // for waiting
 	queued  bool        // in one of the worker's queues, guarded by its lock
 	plans   int         // how often all turns were given anew
+
+	failures []publisher.Attempt // the latest
 }
 
 // receive looks at a message, or, given nil, just asks for more.

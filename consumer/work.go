@@ -113,10 +113,12 @@ func (w *Worker) attempt(p *partition, c *creator, d *delivery, permit resilienc
 		o.window = hints.HoldFor
 	}
 	if failed && !(failure.Class == classify.NotFound && d.op.NotFoundEmpty) {
-		d.record.Attempts = append(d.record.Attempts, publisher.Attempt{
+		a := publisher.Attempt{
 			At: started.UTC().Round(0), Ms: took.Milliseconds(), Class: failure.Class,
 			Status: answer.Status, Code: failure.Code,
-		})
+		}
+		d.record.Attempts = append(d.record.Attempts, a)
+		p.failed(c, a)
 	}
 	o.attempts, o.throttled = d.record.counts()
 	o.providerFailing = w.gates.ProviderFailing(now)

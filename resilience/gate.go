@@ -199,6 +199,13 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 	return p, Refusal{}, true
 }
 
+// Look says what would keep a call that has had its turn, without taking anything.
+func (g *Gate) Look(now time.Time, kind Kind) (no Refusal, refused bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.refuses(now, g.lanes[kind], true)
+}
+
 // refuses looks without taking anything.
 func (g *Gate) refuses(now time.Time, lane *lane, waited bool) (Refusal, bool) {
 	if no, blocked := g.gates.account.blocks(now, ReasonAccountHold); blocked {
