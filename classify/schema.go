@@ -76,6 +76,11 @@ var ruleClasses = []Class{
 	QuotaExceeded, NotAcceptable, Denied, InvalidResponse, Unknown,
 }
 
+// Classes are all that a dead letter can have: the API's, and Headgate's own.
+func Classes() []Class {
+	return slices.Concat(ruleClasses, []Class{Expired, MalformedRequest, Poison, Uncertain, Internal})
+}
+
 var scopes = []Scope{ScopeRequest, ScopeCreator, ScopeAccount, ScopeProvider}
 
 // ParseError says where a profile is wrong, why, and what is allowed.

@@ -95,7 +95,8 @@ func parseHold(value []byte, put time.Time) (resilience.Hold, error) {
 	return h, nil
 }
 
-func encodeHold(h resilience.Hold) ([]byte, error) {
+// EncodeHold is how a hold stands in HOLDS.
+func EncodeHold(h resilience.Hold) ([]byte, error) {
 	s := storedHold{Since: h.Since.UTC().Round(0), Reason: h.Reason, Class: h.Class, Who: h.Who}
 	if !h.Until.IsZero() {
 		until := h.Until.UTC().Round(0)
@@ -162,7 +163,7 @@ func (hs *holds) save(ctx context.Context, now time.Time) {
 // compares and sets: a write that a network held up must not shorten what came
 // meanwhile.
 func (hs *holds) store(ctx context.Context, key string, h resilience.Hold) error {
-	value, err := encodeHold(h)
+	value, err := EncodeHold(h)
 	if err != nil {
 		return fmt.Errorf("encode hold: %w", err)
 	}

@@ -48,7 +48,7 @@ func TestHoldSurvivesTheBucket(t *testing.T) {
 		{Until: noon.Add(time.Hour), Since: noon, Reason: "RATE_LIMIT", Class: classify.RateLimit, Who: "w1"},
 		{Since: noon, Reason: "SESSION_EXPIRED", Class: classify.SessionExpired},
 	} {
-		value, err := encodeHold(h)
+		value, err := EncodeHold(h)
 		if err != nil {
 			t.Fatal(err)
 		}

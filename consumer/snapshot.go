@@ -10,18 +10,18 @@ import (
 
 // Snapshot is a worker at a moment, counted.
 type Snapshot struct {
-	Partitions int
-	InFlight   int
-	Near       int            // messages waiting in the worker
-	Parked     int            // and at the server, for a turn
-	Creators   int            // that are remembered
-	Breakers   map[string]int // creators by state of their breaker
-	Held       map[string]int // creators by the class of the answer, or "operator"
-	Account    bool           // is held
-	Provider   bool           // is held, or its breaker is open
+	Partitions int            `json:"partitions"`
+	InFlight   int            `json:"in_flight"`
+	Near       int            `json:"waiting"`  // messages in the worker
+	Parked     int            `json:"parked"`   // and at the server, for a turn
+	Creators   int            `json:"creators"` // that are remembered
+	Breakers   map[string]int `json:"breakers"` // creators by state of their breaker
+	Held       map[string]int `json:"held"`     // creators by the class of the answer, or "operator"
+	Account    bool           `json:"account"`  // is held
+	Provider   bool           `json:"provider"` // is held, or its breaker is open
 
-	Backlog int           // requests stored, over all workers
-	Oldest  time.Duration // since the oldest of them was stored
+	Backlog int           `json:"backlog"`   // requests stored, over all workers
+	Oldest  time.Duration `json:"oldest_ns"` // since the oldest of them was stored
 }
 
 // heldByOperator stands in Snapshot.Held for holds that no answer caused.

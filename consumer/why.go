@@ -206,15 +206,15 @@ func (w *Worker) Trouble(limit int) []Why {
 		}
 		p.mu.Unlock()
 		if len(all) > 4*limit {
-			all = worst(all, limit)
+			all = Worst(all, limit)
 		}
 	}
-	return worst(all, limit)
+	return Worst(all, limit)
 }
 
-// worst sorts creators by trouble: those that need somebody, then those that wait
+// Worst sorts creators by trouble: those that need somebody, then those that wait
 // for longest, then those with most that waits.
-func worst(all []Why, limit int) []Why {
+func Worst(all []Why, limit int) []Why {
 	slices.SortFunc(all, func(a, b Why) int {
 		return cmp.Or(
 			-cmp.Compare(a.urgency(), b.urgency()),

@@ -16,7 +16,7 @@ import (
 // fence, before.
 func (p *Publisher) Fence(ctx context.Context, id string) (seq uint64, err error) {
 	m := &nats.Msg{
-		Subject: p.ns.subject("fence", IDToken(id)),
+		Subject: p.ns.Subject("fence", IDToken(id)),
 		Header:  nats.Header{jetstream.MsgIDHeader: {resultMsgID(id)}},
 	}
 	ack, before, err := p.stored(ctx, m)

@@ -50,7 +50,8 @@ func (n Namespace) Stream(name string) string {
 	return strings.ToUpper(string(n)) + "_" + name
 }
 
-func (n Namespace) subject(tokens ...string) string {
+// Subject is a subject in this namespace.
+func (n Namespace) Subject(tokens ...string) string {
 	s := strings.Join(tokens, ".")
 	if n != "" {
 		s = string(n) + "." + s
@@ -75,7 +76,7 @@ func (n Namespace) RequestSubject(creator, operation string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return n.subject("requests", c, o), nil
+	return n.Subject("requests", c, o), nil
 }
 
 // ResultSubject is where the result of a request is stored; with an empty id,
@@ -86,9 +87,9 @@ func (n Namespace) ResultSubject(creator, operation, id string) (string, error) 
 		return "", err
 	}
 	if id == "" {
-		return n.subject("results", c, o), nil
+		return n.Subject("results", c, o), nil
 	}
-	return n.subject("results", c, o, IDToken(id)), nil
+	return n.Subject("results", c, o, IDToken(id)), nil
 }
 
 // DeadLetterSubject is where the dead letter of a request is stored.
@@ -97,12 +98,12 @@ func (n Namespace) DeadLetterSubject(class classify.Class, creator, operation, i
 	if err != nil {
 		return "", err
 	}
-	return n.subject("dlq", string(class), c, o, IDToken(id)), nil
+	return n.Subject("dlq", string(class), c, o, IDToken(id)), nil
 }
 
 // StoredSubjects matches all requests of a partition, as they are stored.
 func (n Namespace) StoredSubjects(partition int) string {
-	return n.subject("requests", strconv.Itoa(partition), ">")
+	return n.Subject("requests", strconv.Itoa(partition), ">")
 }
 
 // ParseStored reads a stored request's subject, requests.<partition>.<creator>.<operation>.

@@ -80,7 +80,7 @@ const (
 )
 
 func (t Topology) streams() []jetstream.StreamConfig {
-	name, subject := t.Namespace.Stream, t.Namespace.subject
+	name, subject := t.Namespace.Stream, t.Namespace.Subject
 	return []jetstream.StreamConfig{
 		{
 			Name:        name(Requests),

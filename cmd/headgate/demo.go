@@ -121,6 +121,9 @@ func (d *demo) run(cmd *cobra.Command) error {
 	if d.worker, err = consumer.New(ctx, d.nc, cfg); err != nil {
 		return err
 	}
+	if err := offer(d.nc, d.topology().Namespace, cfg.Name, d.worker); err != nil {
+		return err
+	}
 
 	d.started = time.Now()
 	apiCtx, stopAPI := context.WithCancel(context.WithoutCancel(ctx))

@@ -67,6 +67,9 @@ func runWorker(ctx context.Context, s *session, ensure bool) error {
 		return err
 	}
 	metrics.Watch(w.Snapshot)
+	if err := offer(s.nc, s.topology().Namespace, cfg.Name, w); err != nil {
+		s.log.Warn().Err(err).Msg("`headgate why`, `status` and `creators` get no answer from this worker")
+	}
 	admin, err := serveAdmin(ctx, s.cfg.Admin, w, metrics)
 	if err != nil {
 		return err
