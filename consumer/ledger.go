@@ -94,6 +94,7 @@ func (l *ledger) forget(ctx context.Context, id string, r *record) error {
 	if err := l.kv.Delete(ctx, publisher.IDToken(id), jetstream.LastRevision(r.revision)); err != nil {
 		return fmt.Errorf("delete ledger record: %w", err)
 	}
+	r.revision = 0
 	return nil
 }
 

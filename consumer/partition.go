@@ -159,8 +159,9 @@ func (p *partition) handle(d *delivery, now time.Time) {
 			p.park(c, d, back.turn, back.own)
 			return
 		}
-	case d.count > 1, d.stored.Before(p.consumed):
-		// Delivered before, or by a consumer that is no more.
+	case d.count > 1, d.stored.Before(p.consumed), d.msg.Header.Get(publisher.HeaderReplay) != "":
+		// Delivered before, or by a consumer that is no more, or replayed by two who did not
+		// know of each other.
 		p.decideLater(d, func() { p.w.lookUp(p, c, d) })
 		return
 	}
@@ -437,8 +438,14 @@ func (p *partition) again(c *creator, d *delivery, after time.Time) {
 	turn, own := after, true
 	if hold := c.gate.Held(time.Now()); hold != nil {
 		// It is first in line, at the end of the hold that it may have caused.
-		if at := c.gate.Turn(time.Now(), d.op.Kind, 0, rand.Float64()); at.IsZero() || at.After(after) {
+		at := c.gate.Turn(time.Now(), d.op.Kind, 0, rand.Float64())
+		// What it waits for is the hold, and ends with it, unless its own backoff is
+		// longer by more than chance.
+		if at.IsZero() || !after.After(hold.Until.Add(d.op.Retry.Base)) {
 			turn, own = at, false
+			if !at.IsZero() && after.After(at) {
+				turn = after
+			}
 			d.why = resilience.Refusal{Reason: resilience.ReasonHold, NotBefore: hold.Until, Hold: hold}
 		}
 	}

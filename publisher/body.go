@@ -3,6 +3,7 @@ package publisher
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"strconv"
@@ -76,4 +77,13 @@ func objectName(kind, creator, operation, id string) (string, error) {
 		return "", err
 	}
 	return kind + "." + c + "." + o + "." + IDToken(id), nil
+}
+
+// ObjectSubjects are where an object store keeps an object (ADR-20): its description, and its
+// chunks.
+func ObjectSubjects(bucket, name, nuid string) []string {
+	return []string{
+		"$O." + bucket + ".M." + base64.URLEncoding.EncodeToString([]byte(name)),
+		"$O." + bucket + ".C." + nuid,
+	}
 }

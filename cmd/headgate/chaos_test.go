@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,15 +16,20 @@ import (
 	"github.com/rs/zerolog"
 )
 
+var kills = flag.Int("kills", 0, "kill so many workers, and a third as often the server")
+
 // Workers and then the server are killed under load. What the API saw again is
 // no more than what was in flight.
 func TestKill(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes two minutes")
 	}
-	workers, servers := 30, 10
+	workers, servers, drain := 30, 10, 2*time.Minute
 	if *long {
-		workers, servers = 300, 100
+		workers, servers, drain = 300, 100, 8*time.Minute
+	}
+	if *kills > 0 {
+		workers, servers = *kills, *kills/3
 	}
 	f := newFleetOf(t, 1)
 	f.pay = true
@@ -56,7 +62,7 @@ func TestKill(t *testing.T) {
 	time.Sleep(3 * time.Second)
 	cancel()
 	load.Wait()
-	f.settled(2 * time.Minute)
+	f.settled(drain)
 	f.api.mu.Lock()
 	again, gap := f.api.again(), f.api.gap
 	f.api.mu.Unlock()

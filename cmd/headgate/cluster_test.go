@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -344,7 +345,7 @@ func (f *fleet) settled(within time.Duration) {
 			return
 		}
 		if time.Since(began) > within {
-			f.dump()
+			f.dump(missing)
 			f.t.Fatalf("%d of %d requests have no outcome: %v (%v)", len(missing), len(acked), missing[:min(5, len(missing))], err)
 		}
 		time.Sleep(250 * time.Millisecond)
@@ -352,7 +353,7 @@ func (f *fleet) settled(within time.Duration) {
 }
 
 // dump shows where requests are that do not come through.
-func (f *fleet) dump() {
+func (f *fleet) dump(missing []string) {
 	ctx, cancel := context.WithTimeout(f.t.Context(), 10*time.Second)
 	defer cancel()
 	if kv, err := f.js.KeyValue(ctx, "OWNERS"); err == nil {
@@ -368,6 +369,19 @@ func (f *fleet) dump() {
 		for c := range list.Info() {
 			if c.NumPending > 0 || c.NumAckPending > 0 {
 				f.t.Logf("%s: %d pending, %d waiting for an ack, %d redelivered, %d pulls, ack floor %+v, delivered %+v", c.Name, c.NumPending, c.NumAckPending, c.NumRedelivered, c.NumWaiting, c.AckFloor, c.Delivered)
+			}
+		}
+	}
+	for _, args := range [][]string{{"status"}, {"creators"}, {"why", "creator-" + creatorOf(missing[0])}} {
+		out, err := f.run(args...)
+		f.t.Logf("headgate %v: %v\n%s", args, err, out)
+	}
+	logs, _ := filepath.Glob(filepath.Join(f.dir, "*.log"))
+	for _, name := range logs {
+		log, _ := os.ReadFile(name)
+		for line := range strings.Lines(string(log)) {
+			if strings.Contains(line, `"`+missing[0]+`"`) || strings.Contains(line, "POISON") {
+				f.t.Logf("%s: %s", filepath.Base(name), line)
 			}
 		}
 	}
@@ -396,6 +410,12 @@ func (f *fleet) dump() {
 		}
 		f.t.Logf("%s:\n%s", name, strings.Join(lines[max(0, len(lines)-600):], ""))
 	}
+}
+
+// creatorOf is the creator that load gives a request.
+func creatorOf(id string) string {
+	n, _ := strconv.Atoi(strings.TrimPrefix(id, "r-"))
+	return strconv.Itoa(n % 40)
 }
 
 func (f *fleet) collect(stream string, token int, outcomes map[string]int) error {

@@ -565,3 +565,10 @@ func TestRestartInTheMiddle(t *testing.T) {
 		}
 	}
 }
+
+// forget forgets the calls so far.
+func (s *scripted) forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.calls = nil
+}

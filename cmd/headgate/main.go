@@ -94,7 +94,7 @@ Try it:  headgate demo`,
 	flags.String("log-level", "", "trace, debug, info, warn, error or disabled")
 	flags.String("log-format", "", "auto, json or console")
 	root.AddCommand(runCommand(), demoCommand(), setupCommand(), publishCommand(), workersCommand(), doctorCommand(),
-		statusCommand(), creatorsCommand(), whyCommand(), holdCommand(), releaseCommand(), limitsCommand(),
+		statusCommand(), creatorsCommand(), whyCommand(), holdCommand(), releaseCommand(), limitsCommand(), dlqCommand(), purgeCommand(),
 		configCommand(), classifyCommand(), benchCommand(), fakeapiCommand())
 	return root
 }
