@@ -70,6 +70,7 @@ type Config struct {
 	API        API
 	Operations map[string]Operation
 	Gates      resilience.Config
+	Credits    Credits
 
 	// Grace is how long calls in flight may go on when the worker is told to
 	// stop. Zero: they are cut off at once.
@@ -117,6 +118,7 @@ type Worker struct {
 	limits    *limits
 	members   *members
 	budget    *budget
+	credits   *credits
 	ledger    *ledger
 	requests  string           // names of streams
 	results   string           //
@@ -187,6 +189,7 @@ func New(ctx context.Context, nc *nats.Conn, cfg Config) (*Worker, error) {
 	w.limits = &limits{kv: buckets[publisher.Limits], log: cfg.Log, usual: cfg.Gates.Creator, creators: make(map[string]resilience.Limits)}
 	w.members = newMembers(buckets[publisher.Owners], cfg.Name, cfg.Log)
 	w.budget = &budget{kv: buckets[publisher.Budgets], rate: cfg.Gates.Account, log: cfg.Log, wanted: make(chan struct{}, 1)}
+	w.credits = &credits{kv: buckets[publisher.Budgets], cfg: cfg.Credits, log: cfg.Log}
 	w.lines = [...]line{
 		{reason: resilience.ReasonWorker, full: gates.Full},
 		{reason: resilience.ReasonSlow, full: gates.SlowFull},
@@ -270,12 +273,13 @@ func (w *Worker) Run(ctx context.Context) error {
 	keepers.Go(func() error { w.own(keepCtx, ctx.Done()); return nil })
 	keepers.Go(func() error { w.tick(keepCtx); return nil })
 	keepers.Go(func() error { w.count(keepCtx); return nil })
+	keepers.Go(func() error { w.spend(keepCtx); return nil })
 	<-ctx.Done()
 
 	w.log.Info().Int("in_flight", w.gates.InFlight()).Dur("grace_ms", w.cfg.Grace).Msg("stopping: no more messages are taken")
 	w.members.leave(keepCtx, w.cfg.StoreTimeout) // the others know at once whose partitions come free
 	for _, p := range w.partitions {
-		p.leave()
+		p.close()
 	}
 	w.wait()
 	stopKeeping()
@@ -366,7 +370,7 @@ func (w *Worker) tick(ctx context.Context) {
 	defer t.Stop()
 	reconnected := w.nc.StatusChanged(nats.CONNECTED)
 	defer w.nc.RemoveStatusListener(reconnected)
-	lastSweep := time.Now()
+	lastSweep, lastHurry := time.Now(), time.Now()
 	for {
 		rebind := false
 		var now time.Time
@@ -378,16 +382,22 @@ func (w *Worker) tick(ctx context.Context) {
 			now = time.Now()
 		case now = <-t.C:
 		}
-		sweep := now.Sub(lastSweep) >= sweepEvery
+		sweep, hurry := now.Sub(lastSweep) >= sweepEvery, now.Sub(lastHurry) >= hurryEvery
 		for _, p := range w.partitions {
 			p.extend(now)
 			if rebind || p.puller.silent(now) {
 				p.rebind(ctx)
 			}
 			p.pull()
+			if hurry {
+				p.hurry(now)
+			}
 			if sweep {
 				p.sweep(now)
 			}
+		}
+		if hurry {
+			lastHurry = now
 		}
 		if sweep {
 			lastSweep = now

@@ -73,6 +73,9 @@ type verdict struct {
 	uncertain bool // bury: because nobody knows whether it was done
 }
 
+// exhausted is how the reason of a dead letter begins that has had all its attempts.
+const exhausted = "attempts exhausted"
+
 // decide is pure: the same outcome has the same verdict.
 func decide(o outcome, op Operation) verdict {
 	f := o.failure
@@ -99,7 +102,7 @@ func decide(o outcome, op Operation) verdict {
 		v.reason = fmt.Sprintf("throttled %d times, more than %d: %s", o.throttled, op.Retry.Throttled, describe(f))
 	case !f.Class.Throttled() && o.attempts >= attempts:
 		v.fate = bury
-		v.reason = fmt.Sprintf("attempts exhausted, %d of %d: %s", o.attempts, attempts, describe(f))
+		v.reason = fmt.Sprintf(exhausted+", %d of %d: %s", o.attempts, attempts, describe(f))
 	case f.Class == classify.ConcurrencyLimit && f.RetryAfterAssumed:
 		// Fewer calls at once help, longer waiting does not.
 		v.after = o.now.Add(op.Retry.Delay(1, o.random))

@@ -142,6 +142,14 @@ func (hs *holds) drop(key string, revision uint64) bool {
 	return true
 }
 
+// stands reports whether a hold that is known forbids calls.
+func (hs *holds) stands(key string) bool {
+	hs.mu.RLock()
+	defer hs.mu.RUnlock()
+	h, there := hs.known[key]
+	return there && h.Stands(time.Now())
+}
+
 // save stores what could not be stored before.
 func (hs *holds) save(ctx context.Context, now time.Time) {
 	unsaved := map[string]resilience.Hold{}
@@ -202,8 +210,12 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	}
 
 	if entry.Operation() != jetstream.KeyValuePut {
+		stood := hs.stands(key)
 		if !hs.drop(key, entry.Revision()) {
 			return
+		}
+		if stood {
+			w.releasedEvent(key, entry.Revision())
 		}
 		switch {
 		case isCreator:

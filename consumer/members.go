@@ -436,7 +436,9 @@ func (w *Worker) claim(ctx context.Context, p *partition) {
 	// Who gives a partition up deletes its lease; a lease that expires is purged.
 	crashed := before != nil && before.Header.Get("KV-Operation") != "DEL"
 	if err := p.enter(ctx, before != nil, crashed); err != nil {
-		w.log.Error().Err(err).Int("partition", p.number).Msg("cannot take messages; trying again")
+		if !errors.Is(err, errStopping) {
+			w.log.Error().Err(err).Int("partition", p.number).Msg("cannot take messages; trying again")
+		}
 		p.leave()
 		_ = p.lease.release(ctx)
 		return

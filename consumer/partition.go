@@ -47,6 +47,9 @@ const (
 	// whether the partition is still this worker's.
 	doubt = time.Second
 
+	// hurryEvery is how often it is asked whether somebody waits for nothing.
+	hurryEvery = 5 * time.Second
+
 	// sweepEvery is how often gates that remember nothing are forgotten.
 	sweepEvery = time.Minute
 )
@@ -66,6 +69,7 @@ type partition struct {
 	mu         sync.Mutex
 	active     bool      // takes messages
 	binding    bool      // is being rebound
+	closed     bool      // the worker stops
 	emptySince time.Time // limiters of an earlier owner must not burst again
 	crashed    bool      // the earlier owner did not give it up in good order
 	consumed   time.Time // when its consumer was created
@@ -562,6 +566,35 @@ func (p *partition) extend(now time.Time) {
 	}
 }
 
+// hurry gives new turns to those who wait although nothing keeps them from being
+// called: turns are planned by the pace of the time when they are given, and an
+// API that was slow then may be fast now, with nobody being called to notice.
+func (p *partition) hurry(now time.Time) {
+	var idle []*creator
+	p.mu.Lock()
+	for _, c := range p.creators {
+		if len(c.parked) == 0 || len(c.waiting) > 0 || c.gate.InFlight() > 0 {
+			continue
+		}
+		var first *parked
+		for _, k := range c.parked {
+			if !k.own && (first == nil || k.turn.Before(first.turn)) {
+				first = k
+			}
+		}
+		if first == nil || first.turn.Sub(now) <= nearTurn {
+			continue
+		}
+		if _, refused := c.gate.Look(now, first.kind); !refused {
+			idle = append(idle, c)
+		}
+	}
+	p.mu.Unlock()
+	for _, c := range idle {
+		p.replan(c)
+	}
+}
+
 // sweep forgets gates that remember nothing.
 func (p *partition) sweep(now time.Time) {
 	p.mu.Lock()
@@ -596,6 +629,11 @@ func (p *partition) rebind(ctx context.Context) {
 			return
 		}
 		p.pull()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if !p.active { // left meanwhile
+			p.puller.stop()
+		}
 	})
 }
 
@@ -629,6 +667,10 @@ func (p *partition) replanAll() {
 // owner lately, who may have used up their bursts.
 func (p *partition) enter(ctx context.Context, hadOwner, crashed bool) error {
 	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return errStopping
+	}
 	p.active, p.crashed, p.emptySince, p.entered = true, crashed, time.Time{}, time.Now()
 	if hadOwner {
 		p.emptySince = time.Now()
@@ -641,7 +683,24 @@ func (p *partition) enter(ctx context.Context, hadOwner, crashed bool) error {
 		return err
 	}
 	p.pull()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.active { // left meanwhile
+		p.puller.stop()
+		return errStopping
+	}
 	return nil
+}
+
+// errStopping means that the worker, or this partition's owner, is on its way out.
+var errStopping = errors.New("stopping")
+
+// close is leave for good.
+func (p *partition) close() {
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	p.leave()
 }
 
 // leave stops taking messages and gives back those that have not been called.

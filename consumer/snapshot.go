@@ -20,6 +20,9 @@ type Snapshot struct {
 	Account    bool           `json:"account"`  // is held
 	Provider   bool           `json:"provider"` // is held, or its breaker is open
 
+	Credits       float64 `json:"credits"`         // that the fleet has used today (UTC)
+	CreditsPerDay float64 `json:"credits_per_day"` // 0: no limit
+
 	Backlog int           `json:"backlog"`   // requests stored, over all workers
 	Oldest  time.Duration `json:"oldest_ns"` // since the oldest of them was stored
 }
@@ -34,6 +37,7 @@ func (w *Worker) Snapshot() Snapshot {
 		InFlight: w.gates.InFlight(), Near: int(w.near.Load()),
 		Breakers: map[string]int{}, Held: map[string]int{},
 		Backlog: int(w.backlog.Load()),
+		Credits: w.credits.today(now), CreditsPerDay: w.cfg.Credits.PerDay,
 	}
 	if at := w.oldest.Load(); at != 0 {
 		s.Oldest = now.Sub(time.Unix(0, at))

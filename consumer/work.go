@@ -106,6 +106,7 @@ func (w *Worker) attempt(p *partition, c *creator, d *delivery, permit resilienc
 		}
 	}
 	hints := w.cfg.Profile.Hints(answer.Header, now)
+	w.credits.add(hints.Credits, now)
 	took := now.Sub(started)
 	w.cfg.Observer.Called(d.op.name, failure.Class, answer.Status, took, inside)
 	o := outcome{failure: failure, failed: failed, uncertain: d.op.NotIdempotent && answer.Uncertain(), now: now, random: rand.Float64()}
@@ -124,7 +125,7 @@ func (w *Worker) attempt(p *partition, c *creator, d *delivery, permit resilienc
 	o.providerFailing = w.gates.ProviderFailing(now)
 	v := decide(o, d.op)
 	if v.hold != nil {
-		w.hold(c, d, v)
+		w.hold(c, d, v, failure)
 	}
 	if crowded := failed && failure.Class == classify.ConcurrencyLimit; crowded || hints.ConcurrencyLimit > 0 {
 		permit.Concurrency(now, hints.ConcurrencyLimit, hints.ConcurrencyActive, crowded)
@@ -210,7 +211,7 @@ func health(f classify.Failure, failed bool) resilience.Outcome {
 
 // hold applies the hold that an answer asks for, here at once and then, before
 // the message is settled, for every worker and after a restart.
-func (w *Worker) hold(c *creator, d *delivery, v verdict) {
+func (w *Worker) hold(c *creator, d *delivery, v verdict, f classify.Failure) {
 	h := *v.hold
 	h.Who = w.cfg.Name
 	var key string
@@ -237,6 +238,7 @@ func (w *Worker) hold(c *creator, d *delivery, v verdict) {
 		w.stats.held.Add(int64(h.Until.Sub(h.Since)))
 	}
 	event.Msg("held")
+	w.heldEvent(d, f, v.scope, h)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.settleCtx), w.cfg.StoreTimeout)
 	defer cancel()
 	err := failpoint.Hit(failpoint.Hold, d.req.ID)
@@ -262,6 +264,7 @@ func (w *Worker) changed(p *partition, c *creator, ch resilience.Change) {
 	if ch.ProviderClosed {
 		w.log.Info().Str("provider", w.cfg.Provider).Msg("the provider's breaker closed")
 	}
+	w.breakerEvents(c, ch)
 	if ch.Faster {
 		p.replan(c)
 	}
@@ -384,6 +387,7 @@ func (w *Worker) publishDead(p *partition, d *delivery) {
 		return
 	}
 	w.stats.deadLetters.Add(1)
+	w.letterEvents(&letter)
 	w.cfg.Observer.Settled(letter.Class, letter.Attempts)
 	w.ack(p, d)
 	w.line(w.log.Warn(), d).Str("outcome", "dead letter").Str("class", string(letter.Class)).Str("code", letter.Code).

@@ -670,3 +670,41 @@ func TestLeaseLapses(t *testing.T) {
 		r.once("alice", 20)
 	})
 }
+
+// Turns that were planned while the API was slow are planned anew when it is not.
+func TestSlowAPIRecovers(t *testing.T) {
+	natsservertest.Simulate(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) {
+			c.Topology.Partitions = 1
+			c.Gates.Breaker.OpenFor = 20 * time.Second
+		})
+		slow := true
+		r.api = func(context.Context, *publisher.Request) classify.Answer {
+			r.mu.Lock()
+			now := slow
+			r.mu.Unlock()
+			if now {
+				time.Sleep(10 * time.Second)
+				return classify.Answer{Err: context.DeadlineExceeded}
+			}
+			return ok()
+		}
+		_, stop := r.work()
+		defer stop()
+		r.publish("alice", 20)
+		time.Sleep(time.Minute)
+		r.publish("bob", 1000)
+		time.Sleep(150 * time.Second)
+		r.mu.Lock()
+		slow = false
+		r.mu.Unlock()
+		before := r.count("RESULTS", "results.bob.>") + r.count("DLQ", "dlq.*.bob.>")
+		began := time.Now()
+		for r.count("RESULTS", "results.bob.>")+r.count("DLQ", "dlq.*.bob.>") < 1000 {
+			if time.Since(began) > 3*time.Minute {
+				t.Fatalf("%d of 1000 after three minutes, %d before", r.count("RESULTS", "results.bob.>"), before)
+			}
+			time.Sleep(time.Second)
+		}
+	})
+}

@@ -199,6 +199,13 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 	return p, Refusal{}, true
 }
 
+// InFlight is the number of calls that have not ended.
+func (g *Gate) InFlight() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.inFlight
+}
+
 // Look says what would keep a call that has had its turn, without taking anything.
 func (g *Gate) Look(now time.Time, kind Kind) (no Refusal, refused bool) {
 	g.mu.Lock()

@@ -14,6 +14,7 @@ import (
 
 	"github.com/Shopify/toxiproxy/v2"
 	"github.com/rs/zerolog"
+	zlog "github.com/rs/zerolog/log"
 )
 
 var kills = flag.Int("kills", 0, "kill so many workers, and a third as often the server")
@@ -80,12 +81,15 @@ func TestNetworkFaults(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes two minutes")
 	}
-	faults := 12
+	faults, drain := 12, 3*time.Minute
 	if *long {
-		faults = 150
+		faults, drain = 150, 8*time.Minute
 	}
 	f := newFleetOf(t, 1)
 	f.pay = true
+	before := zlog.Logger
+	zlog.Logger = zerolog.Nop() // what toxiproxy writes to
+	defer func() { zlog.Logger = before }()
 	server := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
 	var proxies []*toxiproxy.Proxy
 	between := func(name, upstream string) string {
@@ -138,7 +142,7 @@ func TestNetworkFaults(t *testing.T) {
 	time.Sleep(3 * time.Second)
 	cancel()
 	load.Wait()
-	f.settled(3 * time.Minute)
+	f.settled(drain)
 	f.api.mu.Lock()
 	defer f.api.mu.Unlock()
 	for key, n := range f.api.paid {

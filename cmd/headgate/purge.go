@@ -97,23 +97,32 @@ func (p *purge) settle(ctx context.Context) error {
 	if _, err := holds.Put(ctx, "creator."+p.token, value); err != nil {
 		return fmt.Errorf("hold %s: %w", p.creator, err)
 	}
+	err = p.await(ctx, func(y consumer.Why) bool { return y.InFlight == 0 && y.Reason == resilience.ReasonHold })
+	if err != nil {
+		return fmt.Errorf("wait for the calls of %s that are in flight; nothing was erased, try again: %w", p.creator, err)
+	}
+	return nil
+}
+
+// await asks the creator's worker until it is so, for a minute; without workers it is.
+func (p *purge) await(ctx context.Context, so func(consumer.Why) bool) error {
 	for began := time.Now(); time.Since(began) < time.Minute; {
 		answers, err := ask[consumer.Why](p.s, "why."+p.token, "", 1, answerWithin)
 		switch {
 		case errors.Is(err, errNobody):
-			return nil // no worker, no calls
+			return nil
 		case err != nil:
 			return err
-		case len(answers) == 1 && answers[0].InFlight == 0 && answers[0].Reason == resilience.ReasonHold:
+		case len(answers) == 1 && so(answers[0]):
 			return nil
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(100 * time.Millisecond):
+		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	return fmt.Errorf("calls of %s are still in flight after a minute; nothing was erased, try again", p.creator)
+	return errors.New("not within a minute")
 }
 
 func (p *purge) run(ctx context.Context) ([]erased, error) {
@@ -136,13 +145,12 @@ func (p *purge) run(ctx context.Context) ([]erased, error) {
 	if err := p.bodies(ctx); err != nil {
 		return nil, err
 	}
-	for _, place := range []struct{ stream, subject string }{
+	places := []struct{ stream, subject string }{
 		{publisher.Requests, p.ns.Subject("requests", "*", p.token, ">")},
 		{publisher.Results, p.ns.Subject("results", p.token, ">")},
 		{publisher.DLQ, p.ns.Subject("dlq", "*", p.token, ">")},
-		{publisher.Events, p.ns.Subject("events", "*", p.token, ">")},
-		{publisher.Events, p.ns.Subject("events", "*", p.token)},
-	} {
+	}
+	for _, place := range places {
 		n, err := p.subject(ctx, p.ns.Stream(place.stream), place.subject)
 		if err != nil {
 			return nil, err
@@ -158,7 +166,6 @@ func (p *purge) run(ctx context.Context) ([]erased, error) {
 			} else if err := kv.Delete(ctx, "creator."+p.token); err != nil {
 				return nil, fmt.Errorf("erase from %s: %w", name, err)
 			}
-			time.Sleep(200 * time.Millisecond)
 		}
 		n, err := p.subject(ctx, "KV_"+name, "$KV."+name+".creator."+p.token)
 		if err != nil {
@@ -166,7 +173,15 @@ func (p *purge) run(ctx context.Context) ([]erased, error) {
 		}
 		p.found = append(p.found, erased{name, n})
 	}
-	return p.found, nil
+	if !p.dry {
+		// The workers tell of the release as well, before they say that there is no hold.
+		if err := p.await(ctx, func(y consumer.Why) bool { return y.Reason != resilience.ReasonHold }); err != nil {
+			return nil, err
+		}
+	}
+	n, err := p.subject(ctx, p.ns.Stream(publisher.Events), p.ns.Subject("events", "*", "*", p.token))
+	p.found = append(p.found, erased{p.ns.Stream(publisher.Events), n})
+	return p.found, err
 }
 
 // subject counts and erases a stream's messages.

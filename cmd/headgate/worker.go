@@ -46,7 +46,8 @@ func workerConfig(s *session) (consumer.Config, func(), error) {
 	return consumer.Config{
 		Name: workerName(), Provider: c.Provider.Name, Topology: s.topology(),
 		Profile: profile, API: client, Operations: operations, Gates: gates(c),
-		Grace: c.ShutdownGrace, Log: s.log,
+		Credits: consumer.Credits{PerDay: c.Limits.CreditsPerDay, Hold: c.Limits.CreditsHold},
+		Grace:   c.ShutdownGrace, Log: s.log,
 	}, client.Close, nil
 }
 

@@ -85,6 +85,7 @@ func (c *Config) problems() (found []problem) {
 	}
 	between("limits.in_flight", c.Limits.InFlight, 1, 100_000)
 	positive("limits.retry_after_cap", c.Limits.RetryAfterCap)
+	must(c.Limits.CreditsPerDay >= 0, "limits.credits_per_day", "must not be negative, not %v", c.Limits.CreditsPerDay)
 
 	between("breaker.failures", c.Breaker.Failures, 1, 1_000_000)
 	positive("breaker.open_for", c.Breaker.OpenFor)

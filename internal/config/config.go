@@ -79,6 +79,8 @@ type Limits struct {
 	Account       *RateLimit    `yaml:"account,omitempty"`
 	InFlight      int           `yaml:"in_flight"`
 	RetryAfterCap time.Duration `yaml:"retry_after_cap"`
+	CreditsPerDay float64       `yaml:"credits_per_day"`
+	CreditsHold   bool          `yaml:"credits_hold"`
 }
 
 // CreatorLimits are each creator's.
@@ -160,6 +162,7 @@ func Default() Config {
 			Creator:       CreatorLimits{Rate: Unlimited, Burst: 1, Concurrency: 3},
 			InFlight:      1024,
 			RetryAfterCap: 24 * time.Hour,
+			CreditsHold:   true,
 		},
 		Breaker:           Breaker{Failures: 5, OpenFor: time.Minute, Successes: 2},
 		Retry:             Retry{Attempts: 4, Base: time.Second, Max: 30 * time.Second, Jitter: 0.3, Throttled: 20, MaxAge: 24 * time.Hour},

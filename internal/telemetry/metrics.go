@@ -103,11 +103,13 @@ var (
 	heldDesc       = gauge("creators_held", "Creators that are held, by class of the answer that caused it, or operator.", "reason")
 	blockedDesc    = gauge("blocked", "1 while nobody is called, by what is held.", "scope")
 	backlogDesc    = gauge("backlog_requests", "Requests stored, over all workers.")
+	creditsDesc    = gauge("credits_used_today", "What calls have cost today (UTC), over all workers, where the API says so.")
+	perDayDesc     = gauge("credits_per_day", "What they may cost; 0 for no limit.")
 	oldestDesc     = gauge("backlog_oldest_age_seconds", "Since the oldest of them was stored.")
 )
 
 func (s *snapshots) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{partitionsDesc, inFlightDesc, waitingDesc, creatorsDesc, heldDesc, blockedDesc, backlogDesc, oldestDesc} {
+	for _, d := range []*prometheus.Desc{partitionsDesc, inFlightDesc, waitingDesc, creatorsDesc, heldDesc, blockedDesc, backlogDesc, oldestDesc, creditsDesc, perDayDesc} {
 		ch <- d
 	}
 }
@@ -131,5 +133,7 @@ func (s *snapshots) Collect(ch chan<- prometheus.Metric) {
 	send(blockedDesc, truth[n.Account], "account")
 	send(blockedDesc, truth[n.Provider], "provider")
 	send(backlogDesc, float64(n.Backlog))
+	send(creditsDesc, n.Credits)
+	send(perDayDesc, n.CreditsPerDay)
 	send(oldestDesc, n.Oldest.Seconds())
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -41,6 +42,9 @@ type Broker struct {
 	t   testing.TB
 	dir string
 	srv atomic.Pointer[server.Server] // nil: stopped
+
+	mu    sync.Mutex
+	conns []net.Conn
 }
 
 // NewBroker starts one. It ends with the test.
@@ -62,9 +66,19 @@ func (b *Broker) Start() {
 	b.srv.Store(srv)
 }
 
-// Stop stops it.
+// Stop stops it. Its connections break first, and what it was asked has been answered
+// by then: its shutdown would wait for what it is doing with locks held, for
+// which simulated time does not pass.
 func (b *Broker) Stop() {
 	if srv := b.srv.Swap(nil); srv != nil {
+		b.mu.Lock()
+		conns := b.conns
+		b.conns = nil
+		b.mu.Unlock()
+		for _, c := range conns {
+			_ = c.Close()
+		}
+		time.Sleep(10 * time.Millisecond)
 		srv.Shutdown()
 		srv.WaitForShutdown()
 	}
@@ -73,10 +87,17 @@ func (b *Broker) Stop() {
 // InProcessConn makes it something that nats.InProcessServer connects to, again and
 // again.
 func (b *Broker) InProcessConn() (net.Conn, error) {
-	if srv := b.srv.Load(); srv != nil {
-		return srv.InProcessConn()
+	srv := b.srv.Load()
+	if srv == nil {
+		return nil, errors.New("the broker is stopped")
 	}
-	return nil, errors.New("the broker is stopped")
+	c, err := srv.InProcessConn()
+	if err == nil {
+		b.mu.Lock()
+		b.conns = append(b.conns, c)
+		b.mu.Unlock()
+	}
+	return c, err
 }
 
 // Simulate runs a test in a bubble of simulated time, in which hours pass in
