@@ -44,6 +44,7 @@ func (d *delivery) suspect() bool { return d.record.Mark != nil }
 
 // parked is a message that was NAK'd until its turn.
 type parked struct {
+	id     string
 	reply  string
 	kind   resilience.Kind
 	turn   time.Time // zero: until somebody releases the creator

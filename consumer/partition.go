@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -390,7 +391,7 @@ func (p *partition) park(c *creator, d *delivery, turn time.Time, own bool) {
 		c.parked = make(map[uint64]*parked)
 	}
 	c.parked[d.seq] = &parked{
-		reply: d.msg.Reply, kind: d.op.Kind, turn: until, record: d.record, own: own, why: d.why,
+		id: strings.Clone(d.req.ID), reply: d.msg.Reply, kind: d.op.Kind, turn: until, record: d.record, own: own, why: d.why,
 		unexplained: d.unexplained,
 	}
 	p.w.reply(d.msg.Reply, nakAfter(p.delay(c, d.op.Kind, until, now)))

@@ -15,11 +15,12 @@ import (
 // Why says why a creator's requests wait: the one reason, and when it ends.
 type Why struct {
 	Creator string            `json:"creator"`
-	Worker  string            `json:"worker"`           // who answers, and owns the creator
-	Reason  resilience.Reason `json:"reason,omitempty"` // "": nothing keeps it
-	Until   *time.Time        `json:"until,omitempty"`  // absent: not known, or until somebody acts
-	Text    string            `json:"text"`             // for people
-	Action  string            `json:"action,omitempty"` // what somebody must do
+	Request string            `json:"request,omitempty"` // where one was asked for
+	Worker  string            `json:"worker"`            // who answers, and owns the creator
+	Reason  resilience.Reason `json:"reason,omitempty"`  // "": nothing keeps it
+	Until   *time.Time        `json:"until,omitempty"`   // absent: not known, or until somebody acts
+	Text    string            `json:"text"`              // for people
+	Action  string            `json:"action,omitempty"`  // what somebody must do
 
 	InFlight int `json:"in_flight"` // calls
 	Waiting  int `json:"waiting"`   // in the worker
@@ -188,6 +189,55 @@ func (y *Why) explain(no resilience.Refusal) {
 	default:
 		y.Text = string(no.Reason)
 	}
+}
+
+// WhyRequest says why one request waits, if it is known to this worker. Its
+// creator's reason is its own, unless it is being called, or in its own backoff.
+func (w *Worker) WhyRequest(id string) (Why, bool) {
+	now := time.Now()
+	for _, p := range w.partitions {
+		p.mu.Lock()
+		y, found := p.whyRequest(id, now)
+		p.mu.Unlock()
+		if found {
+			return y, true
+		}
+	}
+	return Why{}, false
+}
+
+func (p *partition) whyRequest(id string, now time.Time) (Why, bool) {
+	if !p.active {
+		return Why{}, false
+	}
+	for _, d := range p.here {
+		if d.req.ID != id {
+			continue
+		}
+		y := p.why(d.req.Creator, now)
+		y.Request, y.Attempts = id, len(d.record.Attempts)
+		if c := p.creators[d.req.Creator]; c == nil || !slices.Contains(c.waiting, d) {
+			y.Reason, y.Until, y.Text = "", nil, "it is being called, or its outcome is being stored"
+		}
+		return y, true
+	}
+	for _, c := range p.creators {
+		for _, k := range c.parked {
+			if k.id != id {
+				continue
+			}
+			y := p.why(c.name, now)
+			y.Request, y.Attempts = id, len(k.record.Attempts)
+			switch {
+			case k.own:
+				y.explain(resilience.Refusal{Reason: reasonBackoff, NotBefore: k.turn})
+			case y.Reason == "" || y.Reason == reasonBackoff:
+				y.explain(resilience.Refusal{Reason: resilience.ReasonTurn, NotBefore: k.turn})
+			}
+			return y, true
+		}
+	}
+	return Why{}, false
 }
 
 // Trouble lists the creators of this worker that wait for something, the worst

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -71,20 +72,12 @@ knows within moments. The same by hand: nats kv put HOLDS creator.alice 1h`,
 			if err != nil {
 				return err
 			}
-			h := resilience.Hold{Since: time.Now(), Reason: reason, Who: operator()}
-			if during > 0 {
-				h.Until = h.Since.Add(during)
-			}
-			value, err := consumer.EncodeHold(h)
-			if err != nil {
-				return err
-			}
-			if _, err := kv.Put(cmd.Context(), key, value); err != nil {
+			if err := hold(cmd.Context(), kv, key, during, reason, operator()); err != nil {
 				return fmt.Errorf("hold %s: %w", who, err)
 			}
 			end := "until it is released"
 			if during > 0 {
-				end = "until " + h.Until.Local().Format(time.DateTime)
+				end = "until " + time.Now().Add(during).Format(time.DateTime)
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "%s is held %s\n", who, end)
 			return nil
@@ -94,6 +87,34 @@ knows within moments. The same by hand: nats kv put HOLDS creator.alice 1h`,
 	cmd.Flags().DurationVar(&during, "for", 0, "how long, such as 1h; 0: until it is released")
 	cmd.Flags().StringVar(&reason, "reason", "", "why, for whoever asks")
 	return cmd
+}
+
+// hold writes a hold; during 0: until it is released.
+func hold(ctx context.Context, kv jetstream.KeyValue, key string, during time.Duration, reason, who string) error {
+	if reason == "" {
+		return errors.New("a reason is missing: somebody will ask why")
+	}
+	h := resilience.Hold{Since: time.Now(), Reason: reason, Who: who}
+	if during > 0 {
+		h.Until = h.Since.Add(during)
+	}
+	value, err := consumer.EncodeHold(h)
+	if err != nil {
+		return err
+	}
+	_, err = kv.Put(ctx, key, value)
+	return err
+}
+
+// release ends a hold, and reports whether there was one.
+func release(ctx context.Context, kv jetstream.KeyValue, key string) (held bool, err error) {
+	switch _, err := kv.Get(ctx, key); {
+	case errors.Is(err, jetstream.ErrKeyNotFound):
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	return true, kv.Delete(ctx, key)
 }
 
 func releaseCommand() *cobra.Command {
@@ -116,17 +137,15 @@ func releaseCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			switch _, err := kv.Get(cmd.Context(), key); {
-			case errors.Is(err, jetstream.ErrKeyNotFound):
-				fmt.Fprintf(cmd.OutOrStdout(), "%s is not held\n", who)
-				return nil
+			held, err := release(cmd.Context(), kv, key)
+			switch {
 			case err != nil:
 				return fmt.Errorf("release %s: %w", who, err)
+			case held:
+				fmt.Fprintf(cmd.OutOrStdout(), "%s is released\n", who)
+			default:
+				fmt.Fprintf(cmd.OutOrStdout(), "%s is not held\n", who)
 			}
-			if err := kv.Delete(cmd.Context(), key); err != nil {
-				return fmt.Errorf("release %s: %w", who, err)
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s is released\n", who)
 			return nil
 		},
 	}

@@ -121,7 +121,7 @@ func (d *demo) run(cmd *cobra.Command) error {
 	if d.worker, err = consumer.New(ctx, d.nc, cfg); err != nil {
 		return err
 	}
-	if err := offer(d.nc, d.topology().Namespace, cfg.Name, d.worker); err != nil {
+	if err := d.offer(ctx, cfg.Name, d.worker); err != nil {
 		return err
 	}
 

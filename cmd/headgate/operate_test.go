@@ -41,6 +41,11 @@ func TestOperate(t *testing.T) {
 	if y.Until == nil || time.Until(*y.Until) < 50*time.Minute || y.Stored != 2 || y.Parked != 2 || len(y.Failures) == 0 || y.Failures[0].Status != 429 {
 		t.Errorf("%+v", y)
 	}
+	for id, says := range map[string]string{"a": "held: RATE_LIMIT", "never": "never published"} {
+		if text := w.headgate("why", "--request", id); !strings.Contains(text, says) {
+			t.Errorf("why --request %s says\n%s", id, text)
+		}
+	}
 	if text := w.headgate("why", "throttled"); !strings.Contains(text, "held: RATE_LIMIT") || !strings.Contains(text, "until:") || !strings.Contains(text, "failed:") {
 		t.Errorf("why says\n%s", text)
 	}
@@ -62,6 +67,31 @@ func TestOperate(t *testing.T) {
 	w.headgate("release", "throttled")
 	w.outcome("RESULTS", "results.throttled.send.a")
 	w.outcome("RESULTS", "results.throttled.send.b")
+	if text := w.headgate("why", "--request", "a"); !strings.Contains(text, "it has its result") {
+		t.Errorf("why --request a says\n%s", text)
+	}
+
+	// The service does the same for any NATS client.
+	say := func(subject, body string) string {
+		t.Helper()
+		m, err := w.nc.Request(subject, []byte(body), 2*time.Second)
+		if err != nil {
+			t.Fatalf("%s: %v", subject, err)
+		}
+		return m.Header.Get("Nats-Service-Error") + string(m.Data)
+	}
+	if answer := say("headgate.hold", `{"creator":"dora","for":"1h","reason":"test"}`); answer != `{"ok":true}` {
+		t.Error(answer)
+	}
+	eventually(t, "dora is held", func() bool { return strings.Contains(say("headgate.why.dora", ""), `"reason":"hold"`) })
+	if answer := say("headgate.release", `{"creator":"dora"}`); answer != `{"ok":true}` {
+		t.Error(answer)
+	}
+	for _, body := range []string{`{"creator":"dora","for":"1h"}`, `{"for":"1h","reason":"x"}`, `{"scope":"world","reason":"x"}`, `no`} {
+		if answer := say("headgate.hold", body); strings.Contains(answer, "ok") {
+			t.Errorf("%s: %s", body, answer)
+		}
+	}
 
 	w.headgate("hold", "alice", "--for", "1h", "--reason", "she asked for it")
 	eventually(t, "alice is held", func() bool { return why("alice").Reason == "hold" })

@@ -67,7 +67,7 @@ func runWorker(ctx context.Context, s *session, ensure bool) error {
 		return err
 	}
 	metrics.Watch(w.Snapshot)
-	if err := offer(s.nc, s.topology().Namespace, cfg.Name, w); err != nil {
+	if err := s.offer(ctx, cfg.Name, w); err != nil {
 		s.log.Warn().Err(err).Msg("`headgate why`, `status` and `creators` get no answer from this worker")
 	}
 	admin, err := serveAdmin(ctx, s.cfg.Admin, w, metrics)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nats.go/micro"
 
 	"github.com/headgate-io/headgate/consumer"
@@ -24,9 +26,18 @@ type workerStatus struct {
 	consumer.Snapshot
 }
 
+// offer makes a worker's answers available.
+func (s *session) offer(ctx context.Context, name string, w *consumer.Worker) error {
+	holds, err := s.bucket(ctx, publisher.Holds)
+	if err != nil {
+		return err
+	}
+	return offer(s.nc, s.topology().Namespace, name, w, holds)
+}
+
 // offer lets a worker answer questions over NATS: whoever owns the creator for
 // why, every worker for status and creators.
-func offer(nc *nats.Conn, ns publisher.Namespace, name string, w *consumer.Worker) error {
+func offer(nc *nats.Conn, ns publisher.Namespace, name string, w *consumer.Worker, holds jetstream.KeyValue) error {
 	service, err := micro.AddService(nc, micro.Config{
 		Name: serviceName, Version: "1.0.0", Description: "Why creators wait, and how the workers are",
 		Metadata: map[string]string{"worker": name},
@@ -59,6 +70,16 @@ func offer(nc *nats.Conn, ns publisher.Namespace, name string, w *consumer.Worke
 		}
 		return nil, nil // another worker answers
 	})
+	add("request", "request.*", func(r micro.Request) (any, error) {
+		id, err := publisher.DecodeToken(r.Subject()[strings.LastIndexByte(r.Subject(), '.')+1:])
+		if err != nil {
+			return nil, err
+		}
+		if y, here := w.WhyRequest(id); here {
+			return y, nil
+		}
+		return nil, nil // perhaps another worker knows it
+	})
 	add("status", "status", func(micro.Request) (any, error) {
 		return workerStatus{name, w.Snapshot()}, nil
 	})
@@ -76,11 +97,77 @@ func offer(nc *nats.Conn, ns publisher.Namespace, name string, w *consumer.Worke
 		}
 		return all, nil
 	})
+	act := func(endpoint string, do func(order) error) {
+		if err != nil {
+			return
+		}
+		err = service.AddEndpoint(endpoint, micro.HandlerFunc(func(r micro.Request) {
+			var o order
+			err := json.Unmarshal(r.Data(), &o)
+			if err == nil {
+				err = do(o)
+			}
+			if err != nil {
+				_ = r.Error("400", err.Error(), nil)
+				return
+			}
+			_ = r.RespondJSON(map[string]bool{"ok": true})
+		}), micro.WithEndpointSubject(serviceSubject(ns, endpoint)))
+	}
+	act("hold", func(o order) error {
+		key, _, err := o.key()
+		if err != nil {
+			return err
+		}
+		var during time.Duration
+		if o.For != "" {
+			if during, err = time.ParseDuration(o.For); err != nil || during <= 0 {
+				return fmt.Errorf("for: %q must be a duration such as 1h, or nothing", o.For)
+			}
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), actWithin)
+		defer cancel()
+		return hold(ctx, holds, key, during, o.Reason, orElse(o.Who, "service"))
+	})
+	act("release", func(o order) error {
+		key, _, err := o.key()
+		if err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), actWithin)
+		defer cancel()
+		_, err = release(ctx, holds, key)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("offer the service %s: %w", serviceName, err)
 	}
 	return nil
 }
+
+// order is the body of headgate.hold and headgate.release.
+type order struct {
+	Creator string `json:"creator"`
+	Scope   string `json:"scope"` // account or provider, instead of a creator
+	For     string `json:"for"`
+	Reason  string `json:"reason"`
+	Who     string `json:"who"`
+}
+
+func (o order) key() (key, who string, err error) {
+	t := target{account: o.Scope == "account", provider: o.Scope == "provider"}
+	var args []string
+	if o.Creator != "" {
+		args = []string{o.Creator}
+	}
+	if o.Scope != "" && !t.account && !t.provider {
+		return "", "", fmt.Errorf("scope: %q must be account or provider, or nothing for a creator", o.Scope)
+	}
+	return t.key(args)
+}
+
+// actWithin bounds a hold or release.
+const actWithin = 5 * time.Second
 
 const (
 	defaultCreators = 50

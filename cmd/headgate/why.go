@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -29,18 +30,26 @@ type creatorWhy struct {
 }
 
 func whyCommand() *cobra.Command {
-	var output string
+	var output, request string
 	cmd := &cobra.Command{
-		Use:   "why CREATOR",
-		Short: "Say why a creator's requests wait, until when, and what somebody must do",
-		Args:  cobra.ExactArgs(1),
+		Use:   "why [CREATOR]",
+		Short: "Say why a creator's requests, or one of them, wait, until when, and what somebody must do",
+		Args:  cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if (request == "") != (len(args) == 1) {
+				return exitError{exitUsage, errors.New("name a creator, or --request and the request's id")}
+			}
 			s, err := openSession(cmd)
 			if err != nil {
 				return err
 			}
 			defer s.Close()
-			y, err := why(cmd.Context(), s, args[0])
+			var y creatorWhy
+			if request != "" {
+				y, err = whyRequest(cmd.Context(), s, request)
+			} else {
+				y, err = why(cmd.Context(), s, args[0])
+			}
 			if err != nil {
 				return err
 			}
@@ -54,8 +63,61 @@ func whyCommand() *cobra.Command {
 			return exitError{exitUsage, fmt.Errorf("unknown output %q; there are table, json and jsonl", output)}
 		},
 	}
+	cmd.Flags().StringVar(&request, "request", "", "a request's `id`, instead of a creator")
 	outputFlag(cmd, &output)
 	return cmd
+}
+
+// whyRequest is why one request waits, or what became of it.
+func whyRequest(ctx context.Context, s *session, id string) (creatorWhy, error) {
+	token, err := publisher.EncodeToken(id)
+	if err != nil {
+		return creatorWhy{}, exitError{exitUsage, fmt.Errorf("request: %w", err)}
+	}
+	ns := s.topology().Namespace
+	n, err := liveWorkers(ctx, s)
+	if err != nil {
+		return creatorWhy{}, err
+	}
+	answers, err := ask[consumer.Why](s, "request."+token, "", 1, answerWithin)
+	if err != nil && !errors.Is(err, errNobody) {
+		return creatorWhy{}, err
+	}
+	if len(answers) == 1 {
+		return creatorWhy{Why: answers[0]}, nil
+	}
+	y := creatorWhy{Why: consumer.Why{Request: id}}
+	for _, place := range []struct {
+		stream, subject, text string
+		creator               int
+	}{
+		{publisher.Results, ns.Subject("results", "*", "*", publisher.IDToken(id)), "it has its result: nats stream get %[2]s --last-for %[1]s", 2},
+		{publisher.DLQ, ns.Subject("dlq", "*", "*", "*", publisher.IDToken(id)), "it is a dead letter: headgate dlq show %[3]s", 3},
+	} {
+		subjects, err := subjectsOf(ctx, s.js, ns.Stream(place.stream), place.subject)
+		if err != nil {
+			return y, err
+		}
+		for subject := range subjects {
+			tokens := strings.Split(subject, ".")
+			y.Creator, _ = publisher.DecodeToken(tokens[len(tokens)-3])
+			y.Text = fmt.Sprintf(place.text, subject, ns.Stream(place.stream), id)
+			return y, nil
+		}
+	}
+	ledger, err := s.bucket(ctx, publisher.Ledger)
+	if err != nil {
+		return y, err
+	}
+	switch _, err := ledger.Get(ctx, publisher.IDToken(id)); {
+	case err == nil:
+		y.Text = "it was called and is waiting; no worker has it at the moment"
+	case errors.Is(err, jetstream.ErrKeyNotFound):
+		y.Text = fmt.Sprintf("no outcome is stored, and none of %d workers has it: it waits to be delivered, its outcome is too old to be kept, or it was never published", n)
+	default:
+		return y, fmt.Errorf("look at the ledger: %w", err)
+	}
+	return y, nil
 }
 
 func why(ctx context.Context, s *session, creator string) (creatorWhy, error) {
@@ -109,12 +171,22 @@ func subjectsOf(ctx context.Context, js jetstream.JetStream, stream, filter stri
 
 // printWhy writes it for people.
 func printWhy(w io.Writer, y creatorWhy) {
-	fmt.Fprintf(w, "%s: %s\n", y.Creator, y.Text)
+	name := y.Creator
+	if y.Request != "" {
+		name = strings.TrimSpace(y.Creator + " " + y.Request)
+	}
+	fmt.Fprintf(w, "%s: %s\n", name, y.Text)
 	if y.Until != nil {
 		fmt.Fprintf(w, "until:    %s (%s)\n", y.Until.Local().Format(time.DateTime), about(time.Until(*y.Until)))
 	}
 	if y.Action != "" {
 		fmt.Fprintf(w, "to do:    %s\n", y.Action)
+	}
+	if y.Request != "" {
+		if y.Attempts > 0 {
+			fmt.Fprintf(w, "attempts: %d so far\n", y.Attempts)
+		}
+		return
 	}
 	fmt.Fprintf(w, "requests: %d stored; %d in flight, %d waiting in the worker, %d for their turn", y.Stored, y.InFlight, y.Waiting, y.Parked)
 	if y.Retrying > 0 {
