@@ -132,6 +132,7 @@ type Worker struct {
 	near       atomic.Int64 // messages waiting in this worker
 	lines      [3]line      // creators that wait for what they share
 	suspects   suspects
+	storing    deadlines
 
 	callCtx   context.Context // of calls
 	settleCtx context.Context // of what must be done once a call was made

@@ -274,9 +274,11 @@ func (p *partition) wait(c *creator, d *delivery, now time.Time) {
 			return
 		}
 	}
-	d.waited, d.starved, d.call = true, starved, nil
+	d.waited, d.starved = true, starved
 	if starved {
-		p.busy++
+		p.busy++ // soon called: it keeps what was prepared
+	} else {
+		d.call = nil
 	}
 	p.w.near.Add(1)
 	c.waiting = append(c.waiting, d)

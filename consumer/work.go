@@ -504,9 +504,7 @@ var errUnconfirmed = errors.New("the server does not confirm the ack")
 func (w *Worker) store(p *partition, d *delivery, f func(context.Context) error) error {
 	wait := resilience.Backoff{Base: 50 * time.Millisecond, Max: 5 * time.Second, Jitter: 0.3}
 	for attempt := 1; ; attempt++ {
-		ctx, cancel := context.WithTimeout(w.settleCtx, w.cfg.StoreTimeout)
-		err := f(ctx)
-		cancel()
+		err := f(w.storing.context(w.settleCtx, time.Now(), w.cfg.StoreTimeout))
 		switch {
 		case err == nil:
 			return nil

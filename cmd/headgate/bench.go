@@ -143,6 +143,7 @@ func benchThroughputCommand() *cobra.Command {
 	flags.IntVar(&o.InFlight, "in-flight", o.InFlight, "calls at once, of each worker")
 	flags.IntVar(&o.Body, "body", o.Body, "bytes of an answer")
 	flags.DurationVar(&o.Latency, "latency", o.Latency, "of the API")
+	flags.StringVar(&o.Profile, "profile", o.Profile, "`folder` for CPU profiles of the worker and of the bare loop")
 	flags.BoolVar(&o.Added, "added", o.Added, "measure the time from publishing to the call, too")
 	return cmd
 }

@@ -10,7 +10,9 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"sync"
@@ -37,6 +39,7 @@ type Throughput struct {
 	Latency    time.Duration // of the API
 	Body       int           // bytes of the API's answer
 	Added      bool          // measure the added latency, too
+	Profile    string        // folder for CPU profiles of both; "": none
 }
 
 // DefaultThroughput takes about a minute.
@@ -53,6 +56,7 @@ type Job struct {
 	API        string
 	Partitions int
 	InFlight   int
+	Profile    string // file
 }
 
 // Usage is what a job took.
@@ -70,6 +74,17 @@ func RunJob(ctx context.Context, j Job, in io.Reader, out io.Writer) error {
 		_, _ = io.Copy(io.Discard, in)
 		cancel()
 	}()
+	if j.Profile != "" {
+		f, err := os.Create(j.Profile)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
+	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	cpu, _ := usage()
@@ -213,22 +228,26 @@ type job struct {
 
 func (b *Bench) start(ctx context.Context, o Throughput, kind string, s *stand) (all jobs, err error) {
 	for n := range o.Workers {
-		spec, err := json.Marshal(Job{
+		j := Job{
 			Kind: kind, Name: fmt.Sprintf("bench-%d", n+1), Server: s.url, API: s.baseURL,
 			Partitions: o.Partitions, InFlight: o.InFlight,
-		})
+		}
+		if o.Profile != "" {
+			j.Profile = filepath.Join(o.Profile, fmt.Sprintf("%s-%d.pprof", kind, n+1))
+		}
+		spec, err := json.Marshal(j)
 		if err != nil {
 			return nil, err
 		}
-		j := &job{cmd: exec.CommandContext(ctx, b.JobCommand[0], append(slices.Clone(b.JobCommand[1:]), string(spec))...)}
-		j.cmd.Stdout, j.cmd.Stderr = &j.out, os.Stderr
-		if j.in, err = j.cmd.StdinPipe(); err != nil {
+		p := &job{cmd: exec.CommandContext(ctx, b.JobCommand[0], append(slices.Clone(b.JobCommand[1:]), string(spec))...)}
+		p.cmd.Stdout, p.cmd.Stderr = &p.out, os.Stderr
+		if p.in, err = p.cmd.StdinPipe(); err != nil {
 			return nil, err
 		}
-		if err := j.cmd.Start(); err != nil {
+		if err := p.cmd.Start(); err != nil {
 			return nil, fmt.Errorf("start %s: %w", kind, err)
 		}
-		all = append(all, j)
+		all = append(all, p)
 	}
 	return all, nil
 }
