@@ -131,6 +131,7 @@ func benchThroughputCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			b.Server, _ = cmd.Flags().GetString("server")
 			return b.Throughput(cmd.Context(), o)
 		},
 	}

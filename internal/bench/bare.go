@@ -27,20 +27,22 @@ type bare struct {
 	nc       *nats.Conn
 	js       jetstream.JetStream
 	client   *http.Client
+	ns       publisher.Namespace
 	url      string
 	inFlight chan struct{}
 	failed   atomic.Int64
 	calls    sync.WaitGroup
 }
 
-func newBare(nc *nats.Conn, url string, inFlight int) (*bare, error) {
+func newBare(nc *nats.Conn, j Job) (*bare, error) {
+	inFlight := j.InFlight
 	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(2*inFlight))
 	if err != nil {
 		return nil, err
 	}
 	dialer := &net.Dialer{Timeout: 10 * time.Second}
 	return &bare{
-		nc: nc, js: js, url: url + "/call", inFlight: make(chan struct{}, inFlight),
+		nc: nc, js: js, ns: j.Namespace, url: j.API + "/call", inFlight: make(chan struct{}, inFlight),
 		client: &http.Client{
 			Transport: &http.Transport{DialContext: dialer.DialContext, MaxIdleConns: inFlight, MaxIdleConnsPerHost: inFlight},
 			Timeout:   10 * time.Second,
@@ -52,7 +54,7 @@ func newBare(nc *nats.Conn, url string, inFlight int) (*bare, error) {
 func (b *bare) run(ctx context.Context, partitions int) error {
 	window := min(max(cap(b.inFlight)/partitions, 8), 256)
 	for p := range partitions {
-		next := fmt.Sprintf("$JS.API.CONSUMER.MSG.NEXT.REQUESTS.%s", publisher.ConsumerName(p))
+		next := fmt.Sprintf("$JS.API.CONSUMER.MSG.NEXT.%s.%s", b.ns.Stream(publisher.Requests), publisher.ConsumerName(p))
 		inbox := b.nc.NewInbox()
 		asked := 0
 		ask := func() error {
@@ -101,7 +103,8 @@ func (b *bare) run(ctx context.Context, partitions int) error {
 
 func (b *bare) work(ctx context.Context, m *nats.Msg) error {
 	tokens := strings.Split(m.Subject, ".") // requests.<partition>.<creator>.<operation>
-	creator, operation, id := tokens[2], tokens[3], m.Header.Get(jetstream.MsgIDHeader)
+	n := len(tokens)
+	creator, operation, id := tokens[n-2], tokens[n-1], m.Header.Get(jetstream.MsgIDHeader)
 	began := time.Now()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, b.url, bytes.NewReader(m.Data))
 	if err != nil {
@@ -119,7 +122,7 @@ func (b *bare) work(ctx context.Context, m *nats.Msg) error {
 		return err
 	}
 	future, err := b.js.PublishMsgAsync(&nats.Msg{
-		Subject: "results." + creator + "." + operation + "." + id,
+		Subject: b.ns.Subject("results", creator, operation, id),
 		Header: nats.Header{
 			jetstream.MsgIDHeader:               {"result:" + id},
 			jetstream.ExpectedLastSubjSeqHeader: {"0"},

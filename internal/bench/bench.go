@@ -20,6 +20,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nuid"
 	"github.com/rs/zerolog"
 	"golang.org/x/sync/errgroup"
 
@@ -37,6 +38,7 @@ type Bench struct {
 	// not be mixed with the worker's.
 	ServerCommand []string
 	JobCommand    []string  // does a Job in a process of its own
+	Server        string    // URL of a server to use instead, for Throughput
 	Out           io.Writer // tables and JSON
 	Progress      io.Writer
 }
@@ -90,27 +92,12 @@ func (b *Bench) stand(ctx context.Context, topology publisher.Topology, handler 
 			s.close()
 		}
 	}()
-	if s.dir, err = os.MkdirTemp("", "headgate-bench-"); err != nil {
+	if b.Server != "" {
+		// Among what is there, under a namespace that goes with the benchmark.
+		s.url, s.topology.Namespace = b.Server, publisher.Namespace("bench-"+nuid.Next()[14:])
+	} else if err = s.startServer(); err != nil {
 		return s, err
 	}
-	s.server = exec.Command(b.ServerCommand[0], append(b.ServerCommand[1:], s.dir)...)
-	s.server.Stderr = os.Stderr
-	if s.stdin, err = s.server.StdinPipe(); err != nil {
-		return s, err
-	}
-	stdout, err := s.server.StdoutPipe()
-	if err != nil {
-		return s, err
-	}
-	if err = s.server.Start(); err != nil {
-		return s, fmt.Errorf("start the NATS server: %w", err)
-	}
-	s.stdout = bufio.NewReader(stdout)
-	line, err := s.stdout.ReadString('\n')
-	if err != nil {
-		return s, fmt.Errorf("start the NATS server: %w", err)
-	}
-	s.url, s.monitor, _ = strings.Cut(strings.TrimSpace(line), " ")
 	if s.nc, err = nats.Connect(s.url); err != nil {
 		return s, err
 	}
@@ -130,8 +117,36 @@ func (b *Bench) stand(ctx context.Context, topology publisher.Topology, handler 
 	return s, nil
 }
 
-// cpu is how many seconds of CPU time the server has used.
+func (s *stand) startServer() (err error) {
+	if s.dir, err = os.MkdirTemp("", "headgate-bench-"); err != nil {
+		return err
+	}
+	s.server = exec.Command(s.b.ServerCommand[0], append(s.b.ServerCommand[1:], s.dir)...)
+	s.server.Stderr = os.Stderr
+	if s.stdin, err = s.server.StdinPipe(); err != nil {
+		return err
+	}
+	stdout, err := s.server.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err = s.server.Start(); err != nil {
+		return fmt.Errorf("start the NATS server: %w", err)
+	}
+	s.stdout = bufio.NewReader(stdout)
+	line, err := s.stdout.ReadString('\n')
+	if err != nil {
+		return fmt.Errorf("start the NATS server: %w", err)
+	}
+	s.url, s.monitor, _ = strings.Cut(strings.TrimSpace(line), " ")
+	return nil
+}
+
+// cpu is how many seconds of CPU time the server has used; 0 if it is not ours.
 func (s *stand) cpu() (seconds float64, err error) {
+	if s.server == nil {
+		return 0, nil // somebody else's
+	}
 	if _, err := fmt.Fprintln(s.stdin); err != nil {
 		return 0, err
 	}
@@ -144,6 +159,9 @@ func (s *stand) close() {
 		_ = s.http.Close()
 	}
 	if s.nc != nil {
+		if s.server == nil && s.js != nil {
+			s.remove()
+		}
 		s.nc.Close()
 	}
 	if s.stdin != nil {
@@ -152,6 +170,19 @@ func (s *stand) close() {
 	}
 	if s.dir != "" {
 		_ = os.RemoveAll(s.dir)
+	}
+}
+
+// remove deletes what a benchmark left on somebody else's server.
+func (s *stand) remove() {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	prefix := s.topology.Namespace.Stream("")
+	names := s.js.StreamNames(ctx)
+	for name := range names.Name() {
+		if strings.HasPrefix(name, prefix) || strings.HasPrefix(name, "KV_"+prefix) || strings.HasPrefix(name, "OBJ_"+prefix) {
+			_ = s.js.DeleteStream(ctx, name)
+		}
 	}
 }
 
@@ -209,7 +240,7 @@ func (s *stand) publish(creators []string, each func(creator string) int) error 
 				continue
 			}
 			more = true
-			m := nats.NewMsg("requests." + name + ".call")
+			m := nats.NewMsg(s.topology.Namespace.Subject("requests", name, "call"))
 			m.Header.Set(nats.MsgIdHdr, fmt.Sprintf("%s-%d", name, n))
 			m.Data = []byte(`{"text":"hello"}`)
 			f, err := s.js.PublishMsgAsync(m)

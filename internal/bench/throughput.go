@@ -52,6 +52,7 @@ func DefaultThroughput() Throughput {
 type Job struct {
 	Kind       string // "headgate" or "bare"
 	Name       string
+	Namespace  publisher.Namespace
 	Server     string
 	API        string
 	Partitions int
@@ -108,7 +109,7 @@ func runBare(ctx context.Context, j Job) error {
 		return err
 	}
 	defer nc.Close()
-	b, err := newBare(nc, j.API, j.InFlight)
+	b, err := newBare(nc, j)
 	if err != nil {
 		return err
 	}
@@ -116,7 +117,7 @@ func runBare(ctx context.Context, j Job) error {
 }
 
 func runHeadgate(ctx context.Context, j Job) error {
-	s := &stand{url: j.Server, baseURL: j.API, topology: publisher.Topology{Partitions: j.Partitions}.WithDefaults()}
+	s := &stand{url: j.Server, baseURL: j.API, topology: publisher.Topology{Namespace: j.Namespace, Partitions: j.Partitions}.WithDefaults()}
 	metrics := telemetry.NewMetrics()
 	w, stop, err := s.work(context.WithoutCancel(ctx), 10*time.Second, func(c *consumer.Config) {
 		c.Name = j.Name
@@ -149,6 +150,7 @@ func usage() (cpu time.Duration, peak float64) {
 // run is what one run came to.
 type run struct {
 	Usage
+	first     float64 // seconds from the start of the process to the first call
 	seconds   float64 // from the first call to the last result
 	serverCPU float64
 	messages  int
@@ -183,6 +185,7 @@ func (b *Bench) one(ctx context.Context, o Throughput, kind string) (r run, err 
 	if err != nil {
 		return r, err
 	}
+	started := time.Now()
 	jobs, err := b.start(ctx, o, kind, s)
 	if err != nil {
 		return r, err
@@ -190,7 +193,7 @@ func (b *Bench) one(ctx context.Context, o Throughput, kind string) (r run, err 
 	if err := s.results(ctx, r.messages); err != nil {
 		return r, errors.Join(err, jobs.stop(&r.Usage))
 	}
-	r.seconds = time.Since(began).Seconds()
+	r.seconds, r.first = time.Since(began).Seconds(), began.Sub(started).Seconds()
 	after, err := s.cpu()
 	r.serverCPU = after - before
 	return r, errors.Join(err, jobs.stop(&r.Usage))
@@ -229,7 +232,7 @@ type job struct {
 func (b *Bench) start(ctx context.Context, o Throughput, kind string, s *stand) (all jobs, err error) {
 	for n := range o.Workers {
 		j := Job{
-			Kind: kind, Name: fmt.Sprintf("bench-%d", n+1), Server: s.url, API: s.baseURL,
+			Kind: kind, Name: fmt.Sprintf("bench-%d", n+1), Namespace: s.topology.Namespace, Server: s.url, API: s.baseURL,
 			Partitions: o.Partitions, InFlight: o.InFlight,
 		}
 		if o.Profile != "" {
@@ -276,6 +279,7 @@ type throughputFigures struct {
 	ServerCPU   float64 `json:"server_cpu_s_per_1000"`
 	Allocations float64 `json:"allocations_per_message"`
 	PeakRSS     float64 `json:"peak_rss_mb"`
+	First       float64 `json:"first_call_s"`
 	P50         float64 `json:"added_p50_ms"`
 	P99         float64 `json:"added_p99_ms"`
 }
@@ -295,7 +299,7 @@ func (b *Bench) Throughput(ctx context.Context, o Throughput) error {
 				return err
 			}
 			m := float64(r.messages)
-			f := throughputFigures{PerSecond: m / r.seconds, CPU: 1000 * r.CPU / m, ServerCPU: 1000 * r.serverCPU / m, Allocations: float64(r.Mallocs) / m, PeakRSS: r.PeakRSS}
+			f := throughputFigures{PerSecond: m / r.seconds, CPU: 1000 * r.CPU / m, ServerCPU: 1000 * r.serverCPU / m, Allocations: float64(r.Mallocs) / m, PeakRSS: r.PeakRSS, First: r.first}
 			pair[kind] = f
 			all[kind] = append(all[kind], f)
 		}
@@ -319,6 +323,7 @@ func (b *Bench) Throughput(ctx context.Context, o Throughput) error {
 			ServerCPU:   middle(kind, func(f throughputFigures) float64 { return f.ServerCPU }),
 			Allocations: middle(kind, func(f throughputFigures) float64 { return f.Allocations }),
 			PeakRSS:     middle(kind, func(f throughputFigures) float64 { return f.PeakRSS }),
+			First:       middle(kind, func(f throughputFigures) float64 { return f.First }),
 		}
 	}
 	if o.Added {
@@ -345,6 +350,7 @@ func (b *Bench) Throughput(ctx context.Context, o Throughput) error {
 	row("the server's", "%.3f", y.ServerCPU, h.ServerCPU, nil)
 	row("allocations per message", "%.0f", y.Allocations, h.Allocations, allocations)
 	row("peak RSS, MB", "%.0f", y.PeakRSS, h.PeakRSS, memory)
+	row("start → first API call, s", "%.2f", y.First, h.First, nil)
 	if o.Added {
 		row("publish → API call at half load, p50 ms", "%.2f", y.P50, h.P50, nil)
 		row("publish → API call at half load, p99 ms", "%.2f", y.P99, h.P99, nil)
@@ -391,7 +397,7 @@ func (b *Bench) added(ctx context.Context, o Throughput, kind string, perSecond 
 		if ahead := time.Duration(float64(i)/perSecond*float64(time.Second)) - time.Since(began); ahead > time.Millisecond {
 			sleep(ctx, ahead)
 		}
-		m := nats.NewMsg("requests." + names[i%len(names)] + ".call")
+		m := nats.NewMsg(s.topology.Namespace.Subject("requests", names[i%len(names)], "call"))
 		m.Header.Set(nats.MsgIdHdr, fmt.Sprintf("r-%d", i))
 		m.Data = strconv.AppendInt(nil, time.Now().UnixNano(), 10)
 		if _, err := s.js.PublishMsgAsync(m); err != nil {
