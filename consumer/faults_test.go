@@ -40,20 +40,16 @@ func TestPoison(t *testing.T) {
 		crashed := make(chan struct{}, 10)
 		w.answer = func(ctx context.Context, s *simWorker, req *publisher.Request) classify.Answer {
 			if req.ID == "poison" {
-				sleep(ctx, time.Second) // the others have been called by then
+				flying := 0
+				for range 15 { // until as many others have been called
+					if flying = w.flying(s.name); flying > 1000 {
+						break
+					}
+					sleep(ctx, time.Second)
+				}
 				mu.Lock()
 				defer mu.Unlock()
 				crashes++
-				w.mu.Lock()
-				flying := 0
-				for _, calls := range w.calls {
-					for _, c := range calls {
-						if !c.ended && c.worker == s.name {
-							flying++
-						}
-					}
-				}
-				w.mu.Unlock()
 				most = max(most, flying)
 				s.crash()
 				crashed <- struct{}{}

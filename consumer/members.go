@@ -406,7 +406,8 @@ func (w *Worker) balance(ctx context.Context, again *time.Timer) {
 	if !settled {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, beatEvery)
+	// A claim that is under way when the worker stops is waited for: it has to be released.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), beatEvery)
 	defer cancel()
 	w.each(func(p *partition) {
 		switch held := p.lease.held(); {
@@ -436,9 +437,10 @@ func (w *Worker) claim(ctx context.Context, p *partition) {
 	// Who gives a partition up deletes its lease; a lease that expires is purged.
 	crashed := before != nil && before.Header.Get("KV-Operation") != "DEL"
 	if err := p.enter(ctx, before != nil, crashed); err != nil {
-		if !errors.Is(err, errStopping) {
-			w.log.Error().Err(err).Int("partition", p.number).Msg("cannot take messages; trying again")
+		if errors.Is(err, errStopping) {
+			return // who leaves it releases it
 		}
+		w.log.Error().Err(err).Int("partition", p.number).Msg("cannot take messages; trying again")
 		p.leave()
 		_ = p.lease.release(ctx)
 		return

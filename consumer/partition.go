@@ -588,7 +588,8 @@ func (p *partition) hurry(now time.Time) {
 		if first == nil || first.turn.Sub(now) <= nearTurn {
 			continue
 		}
-		if _, refused := c.gate.Look(now, first.kind); !refused {
+		// Tokens of the account are leased for those who wait here: nobody does.
+		if no, refused := c.gate.Look(now, first.kind); !refused || no.Reason == resilience.ReasonAccount {
 			idle = append(idle, c)
 		}
 	}
@@ -679,6 +680,7 @@ func (p *partition) enter(ctx context.Context, hadOwner, crashed bool) error {
 		p.emptySince = time.Now()
 	}
 	p.creators = make(map[string]*creator)
+	clear(p.here) // nothing of an earlier time is being worked on
 	p.missed, p.countFrom = nil, 0
 	p.mu.Unlock()
 	p.look(ctx)

@@ -27,7 +27,7 @@ import (
 )
 
 var (
-	seeds     = flag.Int("seeds", 60, "simulated runs")
+	seeds     = flag.Int("seeds", 20, "simulated runs")
 	firstSeed = flag.Uint64("seed", 1, "the first run's seed")
 )
 
@@ -674,4 +674,18 @@ func (w *world) judge() {
 			w.violation("%s was called %d times: %d retryable answers, %d faults in between", id, len(all), retryable, during)
 		}
 	}
+}
+
+// flying is how many calls a worker has in flight.
+func (w *world) flying(worker string) (n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, calls := range w.calls {
+		for _, c := range calls {
+			if !c.ended && c.worker == worker {
+				n++
+			}
+		}
+	}
+	return n
 }

@@ -23,7 +23,6 @@ type suspects struct {
 
 type suspect struct {
 	p *partition
-	c *creator
 	d *delivery
 }
 
@@ -69,7 +68,7 @@ func (q *suspects) leave(p *partition) (left []*delivery) {
 
 // admitAlone is admit for a suspect.
 func (p *partition) admitAlone(c *creator, d *delivery, now time.Time) {
-	if p.w.suspects.enter(suspect{p, c, d}) {
+	if p.w.suspects.enter(suspect{p, d}) {
 		d.alone = true
 		p.admit(c, d, now)
 	}
@@ -87,16 +86,28 @@ func (p *partition) notAlone(d *delivery) {
 			if !ok {
 				return
 			}
-			s.p.mu.Lock()
-			if s.p.active && s.p.here[s.d.seq] == s.d {
-				s.d.alone = true
-				s.p.admit(s.c, s.d, time.Now())
-				s.p.mu.Unlock()
+			if s.p.admitNext(s.d) {
 				return
 			}
-			s.p.mu.Unlock()
 		}
 	})
+}
+
+// admitNext lets a suspect go whose turn it is, unless its partition was left meanwhile.
+func (p *partition) admitNext(d *delivery) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.here[d.seq] != d {
+		return false
+	}
+	if !p.active {
+		p.w.reply(d.msg.Reply, nakPayload)
+		delete(p.here, d.seq)
+		return false
+	}
+	d.alone = true
+	p.admit(p.creator(d.req.Creator), d, time.Now())
+	return true
 }
 
 // mark writes down that d is about to be called, if it has to be known

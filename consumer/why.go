@@ -113,6 +113,9 @@ func (p *partition) why(name string, now time.Time) Why {
 		}
 	}
 	no, refused := c.gate.Look(now, kind)
+	if no.Reason == resilience.ReasonAccount && y.Waiting == 0 {
+		refused = false // tokens are leased for those who wait here: nobody does
+	}
 	queued := y.Waiting+y.Parked > 0
 	switch {
 	// What keeps a creator from being called at all is said even if nobody waits.
@@ -231,7 +234,8 @@ func (p *partition) whyRequest(id string, now time.Time) (Why, bool) {
 			switch {
 			case k.own:
 				y.explain(resilience.Refusal{Reason: reasonBackoff, NotBefore: k.turn})
-			case y.Reason == "" || y.Reason == reasonBackoff:
+			case y.Reason == "" || y.Reason == reasonBackoff || y.Reason == resilience.ReasonLimit || y.Reason == resilience.ReasonSlots:
+				// Others are in front.
 				y.explain(resilience.Refusal{Reason: resilience.ReasonTurn, NotBefore: k.turn})
 			}
 			return y, true

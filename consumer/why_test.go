@@ -24,10 +24,11 @@ func TestWhy(t *testing.T) {
 		n      int // requests of alice
 		after  time.Duration
 
-		reason resilience.Reason
-		until  time.Duration // about, from when it is asked; 0: none, or not looked at
-		says   string
-		action string
+		request string // asked about, instead of alice
+		reason  resilience.Reason
+		until   time.Duration // about, from when it is asked; 0: none, or not looked at
+		says    string
+		action  string
 	}{
 		"Retry-After": {
 			api: func(int) classify.Answer { return answer(429, "Retry-After", "600") }, n: 3, after: 10 * time.Second,
@@ -84,8 +85,8 @@ func TestWhy(t *testing.T) {
 			reason: reasonBackoff, until: 20 * time.Second, says: "next attempt",
 		},
 		"turn": {
-			limits: func(c *Config) { c.Gates.Creator.Rate = resilience.Rate{PerSecond: 0.5, Burst: 1} }, n: 5, after: 2500 * time.Millisecond,
-			reason: resilience.ReasonTurn, says: "its turn",
+			limits: func(c *Config) { c.Gates.Creator.Rate = resilience.Rate{PerSecond: 0.1, Burst: 1} }, n: 20, after: time.Second,
+			request: "alice-19", reason: resilience.ReasonTurn, until: 190 * time.Second, says: "its turn",
 		},
 		"nothing": {n: 3, after: 10 * time.Second, reason: "", says: "nothing waits"},
 	} {
@@ -111,7 +112,20 @@ func TestWhy(t *testing.T) {
 				time.Sleep(5 * time.Second)
 				r.publish("alice", tc.n)
 				time.Sleep(tc.after)
-				y, mine := w.Why("alice")
+				ask := func() (Why, bool) {
+					if tc.request != "" {
+						return w.WhyRequest(tc.request)
+					}
+					return w.Why("alice")
+				}
+				y, mine := ask()
+				for range 100 { // turns and tokens change from moment to moment
+					if y.Reason == tc.reason {
+						break
+					}
+					time.Sleep(20 * time.Millisecond)
+					y, mine = ask()
+				}
 				if !mine {
 					t.Fatal("nobody answers")
 				}
