@@ -66,7 +66,7 @@ func TestPoison(t *testing.T) {
 		}
 		for n := range creators * each {
 			w.publishAs(fmt.Sprintf("r-%d", n), fmt.Sprintf("c%d", n%creators), "send")
-			if n == creators {
+			if n == creators/2 {
 				w.publishAs("poison", "c7", "send")
 			}
 		}

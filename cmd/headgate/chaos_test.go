@@ -81,7 +81,7 @@ func TestNetworkFaults(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes two minutes")
 	}
-	faults, drain := 12, 3*time.Minute
+	faults, drain := 6, 3*time.Minute
 	if *long {
 		faults, drain = 150, 8*time.Minute
 	}
