@@ -49,7 +49,7 @@ func TestOperate(t *testing.T) {
 	if text := w.headgate("why", "throttled"); !strings.Contains(text, "held: RATE_LIMIT") || !strings.Contains(text, "until:") || !strings.Contains(text, "failed:") {
 		t.Errorf("why says\n%s", text)
 	}
-	if out := w.headgate("creators", "-o", "jsonl"); !strings.Contains(out, `"creator":"throttled"`) {
+	if out := w.headgate("creators", "ls", "-o", "jsonl"); !strings.Contains(out, `"creator":"throttled"`) {
 		t.Errorf("creators says\n%s", out)
 	}
 	var status fleetStatus

@@ -32,6 +32,8 @@ type fleetStatus struct {
 	Breakers    map[string]uint64 `json:"breakers"`
 	Account     bool              `json:"account_held"`
 	Provider    bool              `json:"provider_held"`
+	Credits     float64           `json:"credits_used_today"`
+	PerDay      float64           `json:"credits_per_day,omitempty"`
 	DeadLetters map[string]uint64 `json:"dead_letters"`
 	Workers     []workerStatus    `json:"workers"`
 	Missing     int               `json:"workers_without_answer,omitempty"`
@@ -130,6 +132,7 @@ func lookAround(ctx context.Context, s *session) (fleetStatus, error) {
 		f.Parked += w.Parked
 		f.Creators += w.Creators
 		f.Account = f.Account || w.Account
+		f.Credits, f.PerDay = max(f.Credits, w.Credits), max(f.PerDay, w.CreditsPerDay)
 		f.Provider = f.Provider || w.Provider
 		for class, n := range w.Held {
 			f.Held[class] += uint64(n)
@@ -204,6 +207,13 @@ func (f *fleetStatus) print(w io.Writer) {
 	maps.DeleteFunc(f.Breakers, func(state string, _ uint64) bool { return state == "closed" })
 	fmt.Fprintf(w, "breakers    %s\n", or(counts(f.Breakers), "all closed"))
 	fmt.Fprintf(w, "dead        %s\n", or(counts(f.DeadLetters), "none"))
+	if f.Credits > 0 {
+		fmt.Fprintf(w, "credits     %.0f used today (UTC)", f.Credits)
+		if f.PerDay > 0 {
+			fmt.Fprintf(w, " of %.0f", f.PerDay)
+		}
+		fmt.Fprintln(w)
+	}
 	fmt.Fprintf(w, "workers     %d", len(f.Workers))
 	if f.Missing > 0 {
 		fmt.Fprintf(w, ", and %d that do not answer", f.Missing)

@@ -244,10 +244,10 @@ func creatorsCommand() *cobra.Command {
 	var output string
 	limit := defaultCreators
 	cmd := &cobra.Command{
-		Use:     "creators",
-		Aliases: []string{"ls"},
-		Short:   "List the creators that wait for something, the worst first",
-		Args:    cobra.NoArgs,
+		Use:       "creators [ls]",
+		Short:     "List the creators that wait for something, the worst first",
+		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
+		ValidArgs: []string{"ls"},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := openSession(cmd)
 			if err != nil {
