@@ -22,9 +22,7 @@ var kills = flag.Int("kills", 0, "kill so many workers, and a third as often the
 // Workers and then the server are killed under load. What the API saw again is
 // no more than what was in flight.
 func TestKill(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes two minutes")
-	}
+	chaos(t)
 	workers, servers, drain := 30, 10, 2*time.Minute
 	if *long {
 		workers, servers, drain = 300, 100, 8*time.Minute
@@ -78,9 +76,7 @@ func TestKill(t *testing.T) {
 // The network between workers, server and API delays, loses and cuts, and a worker is
 // paused for longer than the server waits for its ack.
 func TestNetworkFaults(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes two minutes")
-	}
+	chaos(t)
 	faults, drain := 6, 3*time.Minute
 	if *long {
 		faults, drain = 150, 8*time.Minute

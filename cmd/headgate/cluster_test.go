@@ -27,10 +27,19 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/failpoint"
 	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
 )
 
 var long = flag.Bool("long", false, "run chaos at full length instead of a sample")
+
+// chaos skips a test that takes a minute or two where nobody asked for it.
+func chaos(t *testing.T) {
+	t.Helper()
+	if testing.Short() || !failpoint.Enabled && !*long {
+		t.Skip("takes a minute or two: -tags failpoints, or at full length -long")
+	}
+}
 
 const asNode = "TEST_AS_NATS_NODE" // a natsservertest.Node as JSON
 
@@ -563,9 +572,7 @@ func (a *fleetAPI) startGap() {
 // Workers are killed, stopped, paused and added under load, on a cluster of
 // three servers.
 func TestScale(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a minute")
-	}
+	chaos(t)
 	f := newFleet(t)
 	for range 4 {
 		f.start()
@@ -619,9 +626,7 @@ func TestScale(t *testing.T) {
 
 // A server is killed and started again, and then all of them at once.
 func TestServersFail(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a minute")
-	}
+	chaos(t)
 	f := newFleet(t)
 	f.start()
 	f.start()

@@ -15,6 +15,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/headgate-io/headgate/internal/dlq"
+	"github.com/headgate-io/headgate/internal/failpoint"
 	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
 	"github.com/headgate-io/headgate/publisher"
 )
@@ -367,7 +368,7 @@ func TestPurge(t *testing.T) {
 // With 100,000 creators known the answers come at once.
 func TestManyCreators(t *testing.T) {
 	creators := 100_000
-	if testing.Short() {
+	if testing.Short() || !failpoint.Enabled && !*long {
 		creators = 2_000
 	}
 	w := newWorld(t, natsservertest.URL(t))

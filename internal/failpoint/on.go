@@ -19,6 +19,9 @@ import (
 // and kill.
 const Variable = "TEST_FAILPOINT"
 
+// Enabled reports whether the program is built with failpoints, for tests that take long.
+const Enabled = true
+
 var hook atomic.Pointer[func(Point, string) error]
 
 var arm = sync.OnceFunc(func() {
