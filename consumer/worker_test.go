@@ -673,9 +673,16 @@ func TestLeaseLapses(t *testing.T) {
 
 // Turns that were planned while the API was slow are planned anew when it is not.
 func TestSlowAPIRecovers(t *testing.T) {
+	for name, account := range map[string]resilience.Rate{"no limit of the account": {}, "a limit of the account": {PerSecond: 500, Burst: 50}} {
+		t.Run(name, func(t *testing.T) { slowAPIRecovers(t, account) })
+	}
+}
+
+func slowAPIRecovers(t *testing.T, account resilience.Rate) {
 	natsservertest.Simulate(t, func(t *testing.T) {
 		r := newRig(t, func(c *Config) {
 			c.Topology.Partitions = 1
+			c.Gates.Account = account
 			c.Gates.Breaker.OpenFor = 20 * time.Second
 		})
 		slow := true
