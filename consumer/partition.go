@@ -595,6 +595,7 @@ func (p *partition) hurry(now time.Time) {
 	}
 	p.mu.Unlock()
 	for _, c := range idle {
+		c.gate.Unlearn()
 		p.replan(c)
 	}
 }

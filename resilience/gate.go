@@ -59,8 +59,7 @@ type Gate struct {
 	slow     bool
 	started  time.Time     // of the call that has been in flight longest, about
 	latency  time.Duration // moving average
-	starved  time.Time     // when it last could not have what all creators share
-	sharing  time.Time     // its last call while it could not, or when that began
+	sharing  time.Time     // since when it cannot have what all creators share
 	share    time.Duration // between its calls then, moving average
 }
 
@@ -139,7 +138,6 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 			if g.sharing.IsZero() {
 				g.sharing = now
 			}
-			g.starved = now
 		}
 		return Permit{}, no, false
 	}
@@ -179,14 +177,11 @@ func (g *Gate) Admit(now time.Time, kind Kind, waited bool) (p Permit, no Refusa
 		return giveBack(Refusal{Reason: ReasonBreaker, NotBefore: soon})
 	}
 
+	var starved time.Duration // whoever comes by itself later does not wait
 	if !g.sharing.IsZero() {
-		if now.Sub(g.starved) < max(time.Second, 4*g.share) {
-			g.share += (now.Sub(g.sharing) - g.share) / 8
-			g.sharing = now
-		} else {
-			g.share, g.sharing = 0, time.Time{}
-		}
+		starved, g.sharing = now.Sub(g.sharing), time.Time{}
 	}
+	g.share += (starved - g.share) / 8
 	if g.inFlight == 0 {
 		g.started = now
 	}
@@ -204,6 +199,14 @@ func (g *Gate) InFlight() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.inFlight
+}
+
+// Unlearn forgets how much others leave of what all share, because the creator has not
+// asked for any lately: the time in which it did not ask would count as if it had waited.
+func (g *Gate) Unlearn() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.share, g.sharing = 0, time.Time{}
 }
 
 // Look says what would keep a call that has had its turn, without taking anything.
