@@ -163,7 +163,7 @@ func TestReplay(t *testing.T) {
 	const creators = 20
 	w := newWorld(t, natsservertest.URL(t))
 	w.letters(letters, creators)
-	w.change("creator: {rate: inf, concurrency: 3}", "creator: {rate: 400/s, burst: 10, concurrency: 3}")
+	w.change("creator: {rate: inf, concurrency: 3}", "creator: {rate: 150/s, burst: 60, concurrency: 3}")
 	w.api.forget()
 	out := w.headgate("dlq", "replay", "--class", "VALIDATION", "--dry-run")
 	if !strings.Contains(out, fmt.Sprint(letters)) || int(w.messages("DLQ")) != letters {
@@ -213,7 +213,7 @@ func TestReplay(t *testing.T) {
 		if len(keys) != letters/creators || len(calls) != letters/creators {
 			t.Errorf("%s: %d calls of %d requests, want %d", name, len(calls), len(keys), letters/creators)
 		}
-		keeps(t, name, at, 400, 10)
+		keeps(t, name, at, 150, 60)
 	}
 	t.Logf("%d letters replayed, %d calls", letters, total)
 }
