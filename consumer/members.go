@@ -436,7 +436,12 @@ func (w *Worker) claim(ctx context.Context, p *partition) {
 	}
 	// Who gives a partition up deletes its lease; a lease that expires is purged.
 	crashed := before != nil && before.Header.Get("KV-Operation") != "DEL"
-	if err := p.enter(ctx, before != nil, crashed); err != nil {
+	hadOwner := before != nil
+	if !hadOwner && w.delivered(ctx, p) {
+		// A server that was restarted forgets what expired meanwhile, mark and all.
+		hadOwner, crashed = true, true
+	}
+	if err := p.enter(ctx, hadOwner, crashed); err != nil {
 		if errors.Is(err, errStopping) {
 			return // who leaves it releases it
 		}
@@ -445,7 +450,18 @@ func (w *Worker) claim(ctx context.Context, p *partition) {
 		_ = p.lease.release(ctx)
 		return
 	}
-	w.log.Info().Int("partition", p.number).Bool("had_owner", before != nil).Bool("crashed", crashed).Msg("owned")
+	w.log.Info().Int("partition", p.number).Bool("had_owner", hadOwner).Bool("crashed", crashed).Msg("owned")
+}
+
+// delivered reports whether somebody has had messages of the partition lately, or may
+// have had.
+func (w *Worker) delivered(ctx context.Context, p *partition) bool {
+	c, err := w.stream.Consumer(ctx, publisher.ConsumerName(p.number))
+	if err != nil {
+		return true
+	}
+	d := c.CachedInfo().Delivered
+	return d.Consumer > 0 && (d.Last == nil || time.Since(*d.Last) < publisher.OwnerMarker)
 }
 
 // handOver gives a partition up: no more messages, the calls in flight end, and

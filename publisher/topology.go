@@ -71,8 +71,8 @@ const (
 
 	// OwnerTTL is the age at which OWNERS forgets a lease that nobody renews.
 	OwnerTTL = 10 * time.Second
-	// ownerMarker is for how long it is known that there was an owner.
-	ownerMarker = 15 * time.Minute
+	// OwnerMarker is for how long it is known that there was an owner.
+	OwnerMarker = 15 * time.Minute
 
 	// maxAckPending is out of reach: delayed NAKs count against it, and at its
 	// limit one creator in trouble would stop all others of the partition.
@@ -180,7 +180,7 @@ func (t Topology) buckets() []jetstream.KeyValueConfig {
 		{Bucket: name(Limits), Description: "Headgate: limits of single creators"},
 		{Bucket: name(Ledger), Description: "Headgate: attempts and outcomes of requests that failed", TTL: t.MaxAge + 24*time.Hour},
 		{Bucket: name(Budgets), Description: "Headgate: what is left of fleet-wide limits"},
-		{Bucket: name(Owners), Description: "Headgate: which worker owns what", TTL: OwnerTTL, LimitMarkerTTL: ownerMarker},
+		{Bucket: name(Owners), Description: "Headgate: which worker owns what", TTL: OwnerTTL, LimitMarkerTTL: OwnerMarker},
 	}
 	for i := range buckets {
 		buckets[i].Storage = jetstream.FileStorage
