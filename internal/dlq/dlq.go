@@ -90,6 +90,9 @@ func (f Filter) matches(l *Letter) bool {
 		(f.Until.IsZero() || l.Stored.Before(f.Until)) && !l.Stored.Before(f.Since)
 }
 
+// quiet is how long Each waits before it asks whether there is more to come.
+const quiet = time.Second
+
 // Each calls do for every dead letter that is stored now and matches, the oldest
 // first, until do returns an error. Without payloads it reads headers only.
 func (b *Box) Each(ctx context.Context, f Filter, payloads bool, do func(Letter) error) error {
@@ -122,11 +125,24 @@ func (b *Box) Each(ctx context.Context, f Filter, payloads bool, do func(Letter)
 	defer messages.Stop()
 	stop := context.AfterFunc(ctx, messages.Stop)
 	defer stop()
+	ended := false
 	for {
-		m, err := messages.Next()
+		m, err := messages.Next(jetstream.NextMaxWait(quiet))
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
+		case errors.Is(err, nats.ErrTimeout):
+			// Somebody else may have deleted the letters that were still to come. What
+			// had been sent when the server said so has arrived by the next time.
+			if ended {
+				return nil
+			}
+			ci, err := c.Info(ctx)
+			if err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) { // it is made anew
+				return fmt.Errorf("read the DLQ: %w", err)
+			}
+			ended = err == nil && ci.NumPending == 0
+			continue
 		case err != nil:
 			return fmt.Errorf("read the DLQ: %w", err)
 		}
@@ -134,6 +150,7 @@ func (b *Box) Each(ctx context.Context, f Filter, payloads bool, do func(Letter)
 		if err != nil {
 			return fmt.Errorf("read the DLQ: %w", err)
 		}
+		ended = false
 		if meta.Sequence.Stream > last {
 			return nil
 		}
