@@ -95,7 +95,9 @@ func (w *world) headgate(args ...string) string {
 	w.t.Helper()
 	var stdout, stderr bytes.Buffer
 	args = append(args, "-c", w.config, "--server", w.url)
-	if code := run(w.t.Context(), args, strings.NewReader(""), &stdout, &stderr); code != exitOK {
+	ctx, cancel := context.WithTimeout(w.t.Context(), patience)
+	defer cancel()
+	if code := run(ctx, args, strings.NewReader(""), &stdout, &stderr); code != exitOK {
 		w.t.Fatalf("headgate %s: exit code %d\n%s", strings.Join(args, " "), code, &stderr)
 	}
 	return stdout.String()
@@ -142,6 +144,31 @@ func (w *world) publish(subject, payload string, header ...string) *jetstream.Pu
 		w.t.Fatalf("publish %s: %v", subject, err)
 	}
 	return ack
+}
+
+// publishMany publishes n requests to their creators, all at once.
+func (w *world) publishMany(n int, request func(i int) *nats.Msg) {
+	w.t.Helper()
+	js, err := jetstream.New(w.nc, jetstream.WithPublishAsyncMaxPending(n+1))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	acks := make([]jetstream.PubAckFuture, n)
+	for i := range acks {
+		if acks[i], err = js.PublishMsgAsync(request(i)); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	timeout := time.After(patience)
+	for i, ack := range acks {
+		select {
+		case <-ack.Ok():
+		case err := <-ack.Err():
+			w.t.Fatalf("request %d: %v", i, err)
+		case <-timeout:
+			w.t.Fatalf("request %d of %d is not acknowledged", i, n)
+		}
+	}
 }
 
 // outcomes awaits n outcomes below a subject and returns them by request id.
@@ -194,7 +221,12 @@ func (w *world) messages(stream string) uint64 {
 // eventually awaits a condition.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
+	within(t, 20*time.Second, what, condition)
+}
+
+func within(t *testing.T, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("never: %s", what)
 		}

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/headgate-io/headgate/internal/dlq"
 	"github.com/headgate-io/headgate/internal/failpoint"
@@ -131,21 +130,13 @@ func (w *world) letters(n, creators int) {
 		w.api.answer(fmt.Sprintf("c%d", c), status(422, `{"error":{"code":"too_long"}}`))
 	}
 	stop := w.worker()
-	for i := range n {
+	w.publishMany(n, func(i int) *nats.Msg {
 		m := nats.NewMsg(fmt.Sprintf("requests.c%d.send", i%creators))
 		m.Header.Set(nats.MsgIdHdr, fmt.Sprintf("r-%d", i))
 		m.Data = fmt.Appendf(nil, `{"n":%d}`, i)
-		if _, err := w.js.PublishMsgAsync(m); err != nil {
-			w.t.Fatal(err)
-		}
-	}
-	began := time.Now()
-	for int(w.messages("DLQ")) < n {
-		if time.Since(began) > 2*time.Minute {
-			w.t.Fatalf("%d of %d dead letters", int(w.messages("DLQ")), n)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
+		return m
+	})
+	within(w.t, patience, "all are dead letters", func() bool { return int(w.messages("DLQ")) == n })
 	stop()
 	for c := range creators {
 		w.api.answer(fmt.Sprintf("c%d", c), nil)
@@ -192,13 +183,7 @@ func TestReplay(t *testing.T) {
 	if n := int(w.messages("DLQ")); n != 0 {
 		t.Errorf("%d dead letters are left", n)
 	}
-	began := time.Now()
-	for int(w.messages("RESULTS")) < letters {
-		if time.Since(began) > 2*time.Minute {
-			t.Fatalf("%d of %d results", int(w.messages("RESULTS")), letters)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+	within(t, patience, "all have results", func() bool { return int(w.messages("RESULTS")) == letters })
 	total := 0
 	for c := range creators {
 		name := fmt.Sprintf("c%d", c)
@@ -373,24 +358,11 @@ func TestManyCreators(t *testing.T) {
 	}
 	w := newWorld(t, natsservertest.URL(t))
 	w.change("creator: {rate: inf, concurrency: 3}", "creator: {rate: 1/h, burst: 1, concurrency: 3}")
-	js, err := jetstream.New(w.nc, jetstream.WithPublishAsyncMaxPending(4096))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range creators {
-		if _, err := js.PublishAsync(fmt.Sprintf("requests.creator-%d.send", i), []byte("{}")); err != nil {
-			t.Fatal(err)
-		}
-	}
-	<-js.PublishAsyncComplete()
+	w.publishMany(creators, func(i int) *nats.Msg {
+		return &nats.Msg{Subject: fmt.Sprintf("requests.creator-%d.send", i), Data: []byte("{}")}
+	})
 	defer w.worker()()
-	began := time.Now()
-	for int(w.messages("RESULTS")) < creators {
-		if time.Since(began) > 3*time.Minute {
-			t.Fatalf("%d of %d results", int(w.messages("RESULTS")), creators)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+	within(t, patience, "all have results", func() bool { return int(w.messages("RESULTS")) == creators })
 	for _, args := range [][]string{{"status"}, {"creators"}, {"why", "creator-5"}} {
 		began := time.Now()
 		w.headgate(args...)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -25,6 +26,9 @@ const (
 	asProgram = "TEST_AS_HEADGATE"
 	asServer  = "TEST_AS_NATS_SERVER" // its folder
 )
+
+// patience is how long a test waits for a command that ought to end by itself.
+const patience = 3 * time.Minute
 
 func TestMain(m *testing.M) {
 	switch {
@@ -74,10 +78,15 @@ func externalServer(t *testing.T) (url string) {
 	return strings.TrimSpace(line)
 }
 
-// process runs the program as a process of its own.
+// process runs the program as a process of its own. One that does not end is made to
+// tell where it is.
 func (w *world) process(args ...string) *exec.Cmd {
 	w.t.Helper()
-	cmd := exec.Command(os.Args[0], append(args, "-c", w.config, "--server", w.url, "--log-format", "json")...)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	w.t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, os.Args[0], append(args, "-c", w.config, "--server", w.url, "--log-format", "json")...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGQUIT) }
+	cmd.WaitDelay = 10 * time.Second
 	cmd.Env = append(os.Environ(), asProgram+"=1")
 	var stderr syncBuffer
 	cmd.Stderr = &stderr
