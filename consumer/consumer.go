@@ -455,15 +455,24 @@ func (w *Worker) reply(subject string, payload []byte) {
 
 // released ends a creator's hold here, wherever the creator is.
 func (w *Worker) released(creator string) {
-	for _, p := range w.partitions {
+	if p := w.partitionOf(creator); p != nil {
 		p.release(creator)
 	}
 }
 
 // owns reports whether a creator is this worker's to call.
 func (w *Worker) owns(creator string) bool {
+	p := w.partitionOf(creator)
+	return p != nil && p.lease.holds(time.Now())
+}
+
+// partitionOf is a creator's partition, nil if there can be no such creator.
+func (w *Worker) partitionOf(creator string) *partition {
 	n, err := PartitionOf(creator, len(w.partitions))
-	return err == nil && w.partitions[n].lease.holds(time.Now())
+	if err != nil {
+		return nil
+	}
+	return w.partitions[n]
 }
 
 func (w *Worker) replanAll() {

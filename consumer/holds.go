@@ -241,7 +241,7 @@ func (hs *holds) apply(w *Worker, entry jetstream.KeyValueEntry) {
 	hs.keep(key, h, entry.Revision())
 	switch {
 	case isCreator:
-		for _, p := range w.partitions {
+		if p := w.partitionOf(name); p != nil {
 			p.hold(name, h)
 		}
 	case key == holdAccount:

@@ -102,7 +102,7 @@ func (ls *limits) apply(w *Worker, entry jetstream.KeyValueEntry) {
 		delete(ls.creators, name)
 	}
 	ls.mu.Unlock()
-	for _, p := range w.partitions {
+	if p := w.partitionOf(name); p != nil {
 		p.limit(name, l)
 	}
 	if since := time.Since(entry.Created()); since < time.Minute { // not those read at the start

@@ -55,12 +55,11 @@ func PartitionOf(creator string, partitions int) (int, error) {
 
 // Why answers for a creator whose partition this worker owns; else it reports false.
 func (w *Worker) Why(name string) (Why, bool) {
-	n, err := PartitionOf(name, len(w.partitions))
-	if err != nil {
+	p := w.partitionOf(name)
+	if p == nil {
 		return Why{}, false
 	}
 	now := time.Now()
-	p := w.partitions[n]
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.active || !p.lease.holds(now) {
