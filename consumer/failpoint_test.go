@@ -138,3 +138,47 @@ func breakAt(t *testing.T, point failpoint.Point, action string, seed uint64) (h
 	w.judge()
 	return passed.Load(), w.found
 }
+
+// A dead letter whose ack got lost and that somebody has deleted since, or replayed, does
+// not come back with its request's redelivery.
+func TestDeletedLetterAfterALostAck(t *testing.T) {
+	natsservertest.Simulate(t, func(t *testing.T) {
+		r := newRig(t, nil)
+		r.api = func(context.Context, *publisher.Request) classify.Answer { return answer(422) }
+		var lost atomic.Bool
+		failpoint.Set(func(at failpoint.Point, _ string) error {
+			if at == failpoint.Ack && !lost.Load() {
+				return failpoint.ErrInjected
+			}
+			return nil
+		})
+		defer failpoint.Set(nil)
+		_, stop := r.work()
+		defer stop()
+		r.publish("alice", 1)
+		r.await(time.Minute, "DLQ", "dlq.VALIDATION.alice.>", 1)
+		dlq, err := r.js.Stream(t.Context(), "DLQ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(22 * time.Minute) // the server does not know its id any more
+		if err := dlq.Purge(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if r.count("REQUESTS", ">") != 1 {
+			t.Fatal("it was acked")
+		}
+		lost.Store(true)
+		for began := time.Now(); r.count("REQUESTS", ">") > 0; time.Sleep(time.Second) {
+			if time.Since(began) > 10*time.Minute {
+				t.Fatal("it is still stored")
+			}
+		}
+		if n := r.count("DLQ", "dlq.>"); n != 0 {
+			t.Errorf("%d dead letters came back", n)
+		}
+		if n := len(r.called("alice")); n != 1 {
+			t.Errorf("%d calls", n)
+		}
+	})
+}

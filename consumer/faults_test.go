@@ -127,6 +127,9 @@ func TestUncertain(t *testing.T) {
 		}},
 		"a gateway gives up": {false, 1, "dlq.UNCERTAIN.alice.pay.r-0", func(*simWorker) classify.Answer { return answer(504) }},
 		"the API is busy":    {false, 2, "results.alice.pay.r-0", func(*simWorker) classify.Answer { return answer(503) }},
+		"the API's client panics": {false, 1, "dlq.UNCERTAIN.alice.pay.r-0", func(*simWorker) classify.Answer {
+			panic("the API's client panics")
+		}},
 		"the worker vanishes, and the operation says retry": {true, 2, "results.alice.pay.r-0", func(s *simWorker) classify.Answer {
 			s.crash()
 			return ok()
@@ -382,6 +385,9 @@ func TestRefresh(t *testing.T) {
 			natsservertest.Simulate(t, func(t *testing.T) {
 				var renewals, calls atomic.Int64
 				r := newRig(t, nil)
+				op := r.cfg.Operations[AnyOperation]
+				op.NotIdempotent = true // a refusal is certain, whatever becomes of the renewal
+				r.cfg.Operations[AnyOperation] = op
 				profile, err := classify.Load("fanfare")
 				if err != nil {
 					t.Fatal(err)
@@ -464,6 +470,29 @@ func TestSweeperDrivesClaimsOn(t *testing.T) {
 		_, stop := r.work()
 		defer stop()
 		r.await(time.Hour, "DLQ", "dlq.VALIDATION.alice.send.lost", 1)
+	})
+}
+
+// A dead letter that somebody deleted stays deleted: it was stored.
+func TestSweeperLeavesDeletedLetters(t *testing.T) {
+	natsservertest.Simulate(t, func(t *testing.T) {
+		r := newRig(t, nil)
+		r.api = func(context.Context, *publisher.Request) classify.Answer { return answer(422) }
+		_, stop := r.work()
+		defer stop()
+		r.publish("alice", 1)
+		r.await(time.Minute, "DLQ", "dlq.VALIDATION.alice.>", 1)
+		dlq, err := r.js.Stream(t.Context(), "DLQ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := dlq.Purge(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(claimKnown + time.Minute)
+		if n := r.count("DLQ", "dlq.>"); n != 0 {
+			t.Errorf("%d dead letters came back", n)
+		}
 	})
 }
 

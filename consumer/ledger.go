@@ -40,6 +40,9 @@ type claim struct {
 	// the request's; nil: a result.
 	Dead *publisher.DeadLetter `json:"dead,omitempty"`
 	At   time.Time             `json:"at"`
+	// Stored: the dead letter was published. Should it be there no more, somebody has
+	// deleted or replayed it.
+	Stored bool `json:"stored,omitempty"`
 }
 
 func (r record) counts() (attempts, throttled int) {

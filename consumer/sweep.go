@@ -156,6 +156,8 @@ func (p *partition) take(m *storedMessage) {
 // countClaims publishes the dead letters that were claimed by a worker that then
 // vanished, if the request is not there any more to be delivered again.
 func (w *Worker) countClaims(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, countEvery)
+	defer cancel()
 	watcher, err := w.ledger.kv.WatchAll(ctx, jetstream.IgnoreDeletes())
 	if err != nil {
 		return fmt.Errorf("read the ledger: %w", err)
@@ -172,7 +174,7 @@ func (w *Worker) countClaims(ctx context.Context) error {
 			return nil
 		}
 		var r record
-		if json.Unmarshal(e.Value(), &r) != nil || r.Claim == nil || r.Claim.Dead == nil {
+		if json.Unmarshal(e.Value(), &r) != nil || r.Claim == nil || r.Claim.Dead == nil || r.Claim.Stored {
 			continue
 		}
 		if age := time.Since(r.Claim.At); age < claimAge || age > claimKnown {
@@ -202,21 +204,13 @@ func (w *Worker) driveClaim(ctx context.Context, r record) error {
 	if stored != nil && stored.Sequence == letter.SourceSequence {
 		return nil // its delivery will find the claim
 	}
-	answered, err := w.ledger.last(ctx, w.results, resultSubject(ns, letter))
-	if err != nil || answered != nil {
+	letter.Reason += "; its request was gone before the dead letter was stored, so the payload is missing"
+	letter.History = r.Attempts
+	answered, err := w.publishFenced(ctx, letter)
+	if err != nil || answered {
 		return err
 	}
 	w.log.Warn().Str("request", letter.RequestID).Str("class", string(letter.Class)).
 		Msg("a dead letter was claimed and never stored, and its request is gone; it is stored without payload")
-	letter.Reason += "; its request was gone before the dead letter was stored, so the payload is missing"
-	letter.History = r.Attempts
-	return w.publisher.DeadLetter(ctx, letter)
-}
-
-func resultSubject(ns publisher.Namespace, l publisher.DeadLetter) string {
-	s, err := ns.ResultSubject(l.Creator, l.Operation, l.RequestID)
-	if err != nil {
-		return "-" // matches nothing
-	}
-	return s
+	return nil
 }

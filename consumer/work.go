@@ -92,6 +92,10 @@ func (w *Worker) attempt(p *partition, c *creator, d *delivery, permit resilienc
 	}
 
 	failure, failed := w.cfg.Profile.Classify(answer, now)
+	hints := w.cfg.Profile.Hints(answer.Header, now)
+	w.credits.add(hints.Credits, now)
+	took := now.Sub(started)
+	w.cfg.Observer.Called(d.op.name, failure.Class, answer.Status, took, inside)
 	if failed && failure.Refresh && !d.refreshed {
 		d.refreshed = true
 		switch renewed, err := w.refresh(answer); {
@@ -101,14 +105,10 @@ func (w *Worker) attempt(p *partition, c *creator, d *delivery, permit resilienc
 			p.atOnce(c, d)
 			return
 		case err != nil:
-			answer = classify.Answer{Err: err}
-			failure, failed = w.cfg.Profile.Classify(answer, now)
+			// What failed is the renewal. The call itself was refused: that is certain.
+			failure, failed = w.cfg.Profile.Classify(classify.Answer{Err: err}, now)
 		}
 	}
-	hints := w.cfg.Profile.Hints(answer.Header, now)
-	w.credits.add(hints.Credits, now)
-	took := now.Sub(started)
-	w.cfg.Observer.Called(d.op.name, failure.Class, answer.Status, took, inside)
 	o := outcome{failure: failure, failed: failed, uncertain: d.op.NotIdempotent && answer.Uncertain(), now: now, random: rand.Float64()}
 	if hints.Exhausted {
 		o.window = hints.HoldFor
@@ -192,8 +192,12 @@ func (w *Worker) panicked(p *partition, d *delivery, r any) {
 	if d.req.ID == "" {
 		d.req, _ = w.read(d)
 	}
+	class := classify.Internal
+	if d.called && d.op.NotIdempotent && !d.op.RetryUncertain {
+		class = classify.Uncertain
+	}
 	w.guarded(p, d, func() {
-		w.bury(p, d, classify.Failure{Class: classify.Internal, Scope: classify.ScopeRequest},
+		w.bury(p, d, classify.Failure{Class: class, Scope: classify.ScopeRequest},
 			fmt.Sprintf("handling the request panicked: %v", r), 0)
 	})
 }
@@ -282,14 +286,8 @@ func (w *Worker) succeed(p *partition, d *delivery, a classify.Answer, f classif
 		r.UpstreamRequestID = f.RequestID
 	}
 	d.outcome = true
-	err := w.store(p, d, func(ctx context.Context) error {
-		if err := failpoint.Hit(failpoint.Result, d.req.ID); err != nil {
-			return err
-		}
-		if err := w.publisher.Result(ctx, r); err != nil {
-			return err
-		}
-		return failpoint.Hit(failpoint.ResultDone, d.req.ID)
+	err := w.storeBetween(p, d, failpoint.Result, failpoint.ResultDone, func(ctx context.Context) error {
+		return w.publisher.Result(ctx, r)
 	})
 	if err != nil {
 		w.giveBack(p, d)
@@ -305,14 +303,8 @@ func (w *Worker) succeed(p *partition, d *delivery, a classify.Answer, f classif
 
 func (w *Worker) retry(p *partition, c *creator, d *delivery, f classify.Failure, status int, after time.Time, took time.Duration) {
 	d.record.Mark, d.unexplained = nil, false
-	err := w.store(p, d, func(ctx context.Context) error {
-		if err := failpoint.Hit(failpoint.Attempt, d.req.ID); err != nil {
-			return err
-		}
-		if err := w.ledger.put(ctx, d.req.ID, &d.record); err != nil {
-			return err
-		}
-		return failpoint.Hit(failpoint.AttemptDone, d.req.ID)
+	err := w.storeBetween(p, d, failpoint.Attempt, failpoint.AttemptDone, func(ctx context.Context) error {
+		return w.ledger.put(ctx, d.req.ID, &d.record)
 	})
 	if err != nil {
 		w.giveBack(p, d)
@@ -340,14 +332,8 @@ func (w *Worker) bury(p *partition, d *delivery, f classify.Failure, reason stri
 	}
 	d.outcome = true
 	d.record.Mark, d.record.Claim = nil, &claim{Dead: &letter, At: letter.FailedAt}
-	err := w.store(p, d, func(ctx context.Context) error {
-		if err := failpoint.Hit(failpoint.Claim, d.req.ID); err != nil {
-			return err
-		}
-		if err := w.ledger.put(ctx, d.req.ID, &d.record); err != nil {
-			return err
-		}
-		return failpoint.Hit(failpoint.Claimed, d.req.ID)
+	err := w.storeBetween(p, d, failpoint.Claim, failpoint.Claimed, func(ctx context.Context) error {
+		return w.ledger.put(ctx, d.req.ID, &d.record)
 	})
 	if err != nil {
 		w.giveBack(p, d)
@@ -363,19 +349,12 @@ func (w *Worker) publishDead(p *partition, d *delivery) {
 	letter.Payload, letter.Header = d.msg.Data, d.msg.Header
 	d.outcome = true
 	answered := false
-	err := w.store(p, d, func(ctx context.Context) (err error) {
-		if err := failpoint.Hit(failpoint.Letter, d.req.ID); err != nil {
+	err := w.storeBetween(p, d, failpoint.Letter, failpoint.LetterDone, func(ctx context.Context) (err error) {
+		if answered, err = w.publishFenced(ctx, letter); err != nil || answered {
 			return err
 		}
-		// Another worker's answer may be on its way, held up by a network: from here on
-		// it comes too late.
-		if answered, err = w.fence(ctx, d); err != nil || answered {
-			return err
-		}
-		if err := w.publisher.DeadLetter(ctx, letter); err != nil {
-			return err
-		}
-		return failpoint.Hit(failpoint.LetterDone, d.req.ID)
+		d.record.Claim.Stored = true
+		return w.ledger.put(ctx, d.req.ID, &d.record)
 	})
 	switch {
 	case err != nil:
@@ -395,16 +374,26 @@ func (w *Worker) publishDead(p *partition, d *delivery) {
 		Str("action", letter.Action).Str("upstream_request", letter.UpstreamRequestID).Send()
 }
 
-// fence refuses a result of d that comes from now on, and reports whether one has come.
-func (w *Worker) fence(ctx context.Context, d *delivery) (answered bool, err error) {
+// publishFenced publishes a dead letter unless its request has a result.
+func (w *Worker) publishFenced(ctx context.Context, letter publisher.DeadLetter) (answered bool, err error) {
+	// Another worker's answer may be on its way, held up by a network: from here on it comes
+	// too late.
+	if answered, err = w.fence(ctx, letter); err != nil || answered {
+		return answered, err
+	}
+	return false, w.publisher.DeadLetter(ctx, letter)
+}
+
+// fence refuses a result that comes from now on, and reports whether one has come.
+func (w *Worker) fence(ctx context.Context, letter publisher.DeadLetter) (answered bool, err error) {
 	if w.cfg.Topology.NoIDInSubject {
 		return false, nil
 	}
-	seq, err := w.publisher.Fence(ctx, d.req.ID)
+	seq, err := w.publisher.Fence(ctx, letter.RequestID)
 	if err != nil {
 		return false, err
 	}
-	if answered, err = w.answered(ctx, d); err != nil {
+	if answered, err = w.answered(ctx, letter.Creator, letter.Operation, letter.RequestID); err != nil {
 		return false, err
 	}
 	if seq != 0 {
@@ -416,9 +405,9 @@ func (w *Worker) fence(ctx context.Context, d *delivery) (answered bool, err err
 	return answered, nil
 }
 
-// answered reports whether d has a result.
-func (w *Worker) answered(ctx context.Context, d *delivery) (bool, error) {
-	subject, err := w.cfg.Topology.Namespace.ResultSubject(d.req.Creator, d.req.Operation, d.req.ID)
+// answered reports whether a request has a result.
+func (w *Worker) answered(ctx context.Context, creator, operation, id string) (bool, error) {
+	subject, err := w.cfg.Topology.Namespace.ResultSubject(creator, operation, id)
 	if err != nil {
 		return false, err
 	}
@@ -456,12 +445,14 @@ func (w *Worker) lookUp(p *partition, c *creator, d *delivery) {
 		if w.cfg.Topology.NoIDInSubject {
 			return nil
 		}
-		answered, err = w.answered(ctx, d)
+		answered, err = w.answered(ctx, d.req.Creator, d.req.Operation, d.req.ID)
 		return err
 	})
 	switch {
 	case err != nil:
 		w.giveBack(p, d)
+	case d.record.Claim != nil && d.record.Claim.Stored:
+		w.ack(p, d)
 	case d.record.Claim != nil && d.record.Claim.Dead != nil:
 		w.publishDead(p, d)
 	case answered:
@@ -519,6 +510,19 @@ func (w *Worker) store(p *partition, d *delivery, f func(context.Context) error)
 		case <-time.After(wait.Delay(attempt, rand.Float64())):
 		}
 	}
+}
+
+// storeBetween is store with a place to break at on either side of f.
+func (w *Worker) storeBetween(p *partition, d *delivery, before, after failpoint.Point, f func(context.Context) error) error {
+	return w.store(p, d, func(ctx context.Context) error {
+		if err := failpoint.Hit(before, d.req.ID); err != nil {
+			return err
+		}
+		if err := f(ctx); err != nil {
+			return err
+		}
+		return failpoint.Hit(after, d.req.ID)
+	})
 }
 
 // acks is how often an ack is sent that is not confirmed.
