@@ -70,7 +70,6 @@ type fleet struct {
 }
 
 const fleetConfig = `
-
 nats: {replicas: REPLICAS}
 partitions: 16
 provider:

@@ -17,7 +17,6 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
-
 )
 
 // world is a broker, an API and the real program between them. Requests are
@@ -32,7 +31,6 @@ type world struct {
 }
 
 const testConfig = `
-
 partitions: 4
 provider:
   name: test
