@@ -170,27 +170,22 @@ func (y *Why) explain(no resilience.Refusal) {
 		y.Action = "look at the provider's billing, quota and API key; then: headgate release --account"
 	case resilience.ReasonProviderHold:
 		y.Text = held("the provider")
-	case resilience.ReasonProviderBreaker:
-		y.Text = "the provider's circuit breaker is open: several creators failed in a row"
-	case resilience.ReasonBreaker:
-		y.Text = "the creator's circuit breaker is open: its calls failed in a row"
-	case resilience.ReasonLimit:
-		y.Text = "the creator's rate limit is used up"
-	case resilience.ReasonSlots:
-		y.Text = "as many of the creator's calls are in flight as may be"
-	case resilience.ReasonSlow:
-		y.Text = "the creator is slow, and the share of slow creators in the worker's calls is used up"
-	case resilience.ReasonWorker:
-		y.Text = "the worker has as many calls in flight as it may have"
-	case resilience.ReasonAccount:
-		y.Text = "the account's rate limit, which all creators share, is used up"
-	case resilience.ReasonTurn:
-		y.Text = "it waits for its turn behind the creator's other requests"
-	case reasonBackoff:
-		y.Text = "a call failed, and the next attempt is not due"
 	default:
-		y.Text = string(no.Reason)
+		y.Text = cmp.Or(reasons[no.Reason], string(no.Reason))
 	}
+}
+
+// reasons puts those into words that need no more than the word.
+var reasons = map[resilience.Reason]string{
+	resilience.ReasonProviderBreaker: "the provider's circuit breaker is open: several creators failed in a row",
+	resilience.ReasonBreaker:         "the creator's circuit breaker is open: its calls failed in a row",
+	resilience.ReasonLimit:           "the creator's rate limit is used up",
+	resilience.ReasonSlots:           "as many of the creator's calls are in flight as may be",
+	resilience.ReasonSlow:            "the creator is slow, and the share of slow creators in the worker's calls is used up",
+	resilience.ReasonWorker:          "the worker has as many calls in flight as it may have",
+	resilience.ReasonAccount:         "the account's rate limit, which all creators share, is used up",
+	resilience.ReasonTurn:            "it waits for its turn behind the creator's other requests",
+	reasonBackoff:                    "a call failed, and the next attempt is not due",
 }
 
 // WhyRequest says why one request waits, if it is known to this worker. Its

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -14,12 +16,26 @@ func benchCommand() *cobra.Command {
 		Use:   "bench",
 		Short: "Measure on this machine what Headgate promises",
 		Long: `Measure on this machine what Headgate promises. Each benchmark brings its own NATS
-server (in a process of its own), its own API, and prints a table and one line
-of JSON.`,
+server (in a process of its own; throughput takes --server) and its own API, and
+prints a table and one line of JSON.`,
 		Args: cobra.NoArgs,
 	}
 	cmd.AddCommand(benchIsolationCommand(), benchLimitsCommand(), benchMemoryCommand(), benchThroughputCommand(), benchServerCommand(), benchJobCommand())
 	return cmd
+}
+
+// runBench makes a benchmark a command's work.
+func runBench(run func(context.Context, *bench.Bench) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, _ []string) error {
+		b, err := newBench(cmd)
+		if err != nil {
+			return err
+		}
+		if cmd.Flags().Changed("server") {
+			return exitError{exitUsage, fmt.Errorf("%s measures its own server, too, so it takes no --server", cmd.CommandPath())}
+		}
+		return run(cmd.Context(), b)
+	}
 }
 
 // newBench writes to a command's streams.
@@ -52,13 +68,7 @@ func benchIsolationCommand() *cobra.Command {
 		Use:   "isolation",
 		Short: "What creators in trouble cost the others",
 		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			b, err := newBench(cmd)
-			if err != nil {
-				return err
-			}
-			return b.Isolation(cmd.Context(), o)
-		},
+		RunE:  runBench(func(ctx context.Context, b *bench.Bench) error { return b.Isolation(ctx, o) }),
 	}
 	flags := cmd.Flags()
 	flags.IntVar(&o.Runs, "runs", o.Runs, "pairs of runs, with and without trouble; the median counts")
@@ -77,13 +87,7 @@ func benchLimitsCommand() *cobra.Command {
 		Use:   "limits",
 		Short: "How exactly limits are kept, and how much of them is used",
 		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			b, err := newBench(cmd)
-			if err != nil {
-				return err
-			}
-			return b.Limits(cmd.Context(), o)
-		},
+		RunE:  runBench(func(ctx context.Context, b *bench.Bench) error { return b.Limits(ctx, o) }),
 	}
 	flags := cmd.Flags()
 	flags.IntVar(&o.Requests, "requests", o.Requests, "requests of the one creator")
@@ -104,13 +108,7 @@ func benchMemoryCommand() *cobra.Command {
 		Use:   "memory",
 		Short: "What active creators and waiting requests cost",
 		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			b, err := newBench(cmd)
-			if err != nil {
-				return err
-			}
-			return b.Memory(cmd.Context(), o)
-		},
+		RunE:  runBench(func(ctx context.Context, b *bench.Bench) error { return b.Memory(ctx, o) }),
 	}
 	flags := cmd.Flags()
 	flags.IntVar(&o.Creators, "creators", o.Creators, "active creators")
@@ -126,14 +124,7 @@ func benchThroughputCommand() *cobra.Command {
 		Use:   "throughput",
 		Short: "What protection costs: the worker beside a bare loop that does nothing else",
 		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			b, err := newBench(cmd)
-			if err != nil {
-				return err
-			}
-			b.Server, _ = cmd.Flags().GetString("server")
-			return b.Throughput(cmd.Context(), o)
-		},
+		RunE:  runBench(func(ctx context.Context, b *bench.Bench) error { return b.Throughput(ctx, o) }),
 	}
 	flags := cmd.Flags()
 	flags.IntVar(&o.Runs, "runs", o.Runs, "pairs of runs, each process its own; the median counts")

@@ -1,13 +1,11 @@
 package main
 
 import (
-	"context"
 	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -32,14 +30,7 @@ func TestKill(t *testing.T) {
 	}
 	f := newFleetOf(t, 1)
 	f.pay = true
-	f.start()
-	f.start()
-	f.balanced(20 * time.Second)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var load sync.WaitGroup
-	load.Go(func() { f.load(ctx, 40, 8*time.Millisecond) })
-	eventually(t, "calls", func() bool { return f.api.flying() > 0 })
+	stop := f.underLoad(2, 40, 8*time.Millisecond)
 
 	flying := 0
 	for range workers {
@@ -59,8 +50,7 @@ func TestKill(t *testing.T) {
 		f.startServer(0)
 	}
 	time.Sleep(3 * time.Second)
-	cancel()
-	load.Wait()
+	stop()
 	f.settled(drain)
 	f.api.mu.Lock()
 	again, gap := f.api.again(), f.api.gap
@@ -100,13 +90,7 @@ func TestNetworkFaults(t *testing.T) {
 	f.through = "nats://" + between("nats", fmt.Sprintf("127.0.0.1:%d", f.nodes[0].Port))
 	api := between("api", f.apiURL[len("http://"):])
 	f.config = strings.Replace(f.config, f.apiURL, "http://"+api, 1)
-	f.start()
-	f.start()
-	f.balanced(20 * time.Second)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var load sync.WaitGroup
-	load.Go(func() { f.load(ctx, 40, 10*time.Millisecond) })
+	stop := f.underLoad(2, 40, 10*time.Millisecond)
 
 	paused := f.workers[f.any()].Process
 	_ = paused.Signal(syscall.SIGSTOP)
@@ -136,8 +120,7 @@ func TestNetworkFaults(t *testing.T) {
 		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond)
 	}
 	time.Sleep(3 * time.Second)
-	cancel()
-	load.Wait()
+	stop()
 	f.settled(drain)
 	f.api.mu.Lock()
 	defer f.api.mu.Unlock()
@@ -156,12 +139,7 @@ func TestPoisonProcess(t *testing.T) {
 	}
 	f := newFleetOf(t, 1)
 	f.api.latency = time.Second
-	f.start()
-	f.balanced(20 * time.Second)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var load sync.WaitGroup
-	load.Go(func() { f.load(ctx, 300, 2*time.Millisecond) })
+	stop := f.underLoad(1, 300, 2*time.Millisecond)
 	killed := 0
 	f.api.poison = func(worker string) {
 		f.mu.Lock()
@@ -187,8 +165,7 @@ func TestPoisonProcess(t *testing.T) {
 			break
 		}
 	}
-	cancel()
-	load.Wait()
+	stop()
 	f.settled(3 * time.Minute)
 	letters := map[string]int{}
 	if err := f.collect("DLQ", 4, letters); err != nil || len(letters) != 1 || killed != 3 {

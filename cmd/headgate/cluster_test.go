@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"flag"
 	"io"
 	"math/rand/v2"
@@ -153,14 +152,7 @@ func (a *fleetAPI) startGap() {
 func TestScale(t *testing.T) {
 	chaos(t)
 	f := newFleet(t)
-	for range 4 {
-		f.start()
-	}
-	t.Logf("4 workers balanced after %v", f.balanced(20*time.Second).Round(time.Millisecond))
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var load sync.WaitGroup
-	load.Go(func() { f.load(ctx, 40, 5*time.Millisecond) })
+	stop := f.underLoad(4, 40, 5*time.Millisecond)
 
 	events := []string{"term", "add", "kill", "add"}
 	if *long {
@@ -197,8 +189,7 @@ func TestScale(t *testing.T) {
 		t.Logf("%s %s: balanced over %d workers after %v", event, name, len(f.workers), f.balanced(within).Round(time.Millisecond))
 		time.Sleep(time.Duration(rand.IntN(2000)) * time.Millisecond)
 	}
-	cancel()
-	load.Wait()
+	stop()
 	f.settled(2 * time.Minute)
 	f.api.judge(t, 10, 20)
 }
@@ -207,14 +198,7 @@ func TestScale(t *testing.T) {
 func TestServersFail(t *testing.T) {
 	chaos(t)
 	f := newFleet(t)
-	f.start()
-	f.start()
-	f.balanced(20 * time.Second)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var load sync.WaitGroup
-	load.Go(func() { f.load(ctx, 40, 10*time.Millisecond) })
-	eventually(t, "calls", func() bool { f.api.mu.Lock(); defer f.api.mu.Unlock(); return len(f.api.calls) > 0 })
+	stop := f.underLoad(2, 40, 10*time.Millisecond)
 
 	times := 2
 	if *long {
@@ -239,8 +223,7 @@ func TestServersFail(t *testing.T) {
 		f.startServer(n)
 	}
 	time.Sleep(10 * time.Second)
-	cancel()
-	load.Wait()
+	stop()
 	f.settled(2 * time.Minute)
 	f.api.judge(t, 10, 20)
 }

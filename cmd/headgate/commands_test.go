@@ -32,6 +32,7 @@ func TestExitCodes(t *testing.T) {
 		"server not there":  {[]string{"setup", "--server", "nats://127.0.0.1:1"}, exitUnreachable, "connect to NATS"},
 		"context not there": {[]string{"setup", "--context", "nowhere"}, exitUnreachable, "nowhere"},
 		"log level":         {[]string{"setup", "--log-level", "loud"}, exitUsage, "one of trace"},
+		"bench on a server": {[]string{"bench", "limits", "--server", "nats://127.0.0.1:1"}, exitUsage, "takes no --server"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			code, _, stderr := program(t, "", tc.args...)

@@ -315,6 +315,25 @@ func (f *fleet) load(ctx context.Context, creators int, every time.Duration) {
 	}
 }
 
+// underLoad starts workers and gives them requests until stop.
+func (f *fleet) underLoad(workers, creators int, every time.Duration) (stop func()) {
+	f.t.Helper()
+	for range workers {
+		f.start()
+	}
+	f.t.Logf("%d workers balanced after %v", workers, f.balanced(20*time.Second).Round(time.Millisecond))
+	ctx, cancel := context.WithCancel(f.t.Context())
+	var load sync.WaitGroup
+	load.Go(func() { f.load(ctx, creators, every) })
+	stop = func() {
+		cancel()
+		load.Wait()
+	}
+	f.t.Cleanup(stop)
+	eventually(f.t, "calls", func() bool { return f.api.flying() > 0 })
+	return stop
+}
+
 // settled waits until every acknowledged request has its one outcome.
 func (f *fleet) settled(within time.Duration) {
 	f.t.Helper()
