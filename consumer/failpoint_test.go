@@ -5,6 +5,7 @@ package consumer
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -99,7 +100,7 @@ func breakAt(t *testing.T, point failpoint.Point, action string, seed uint64) (h
 		do = kill // a panic outside of a request's handling ends the process
 	}
 	var passed atomic.Int64
-	failpoint.Set(func(at failpoint.Point, _ string) error {
+	failpoint.Set(func(at failpoint.Point, id string) error {
 		if at != point {
 			return nil
 		}
@@ -107,6 +108,9 @@ func breakAt(t *testing.T, point failpoint.Point, action string, seed uint64) (h
 			return nil
 		}
 		w.fault()
+		if at == failpoint.Called {
+			w.unheard(id)
+		}
 		return do()
 	})
 
@@ -137,6 +141,16 @@ func breakAt(t *testing.T, point failpoint.Point, action string, seed uint64) (h
 	}
 	w.judge()
 	return passed.Load(), w.found
+}
+
+// unheard says that the answer that a call of id gets now is lost on its way: nobody
+// knows of the window that it opened.
+func (w *world) unheard(id string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for creator, all := range w.windows {
+		w.windows[creator] = slices.DeleteFunc(all, func(win window) bool { return win.request == id && win.from.Equal(time.Now()) })
+	}
 }
 
 // A dead letter whose ack got lost and that somebody has deleted since, or replayed, does

@@ -63,6 +63,7 @@ type simCall struct {
 // window is a time in which a creator must not be called, as a worker was told.
 type window struct {
 	worker     string
+	request    string
 	from, till time.Time
 }
 
@@ -332,7 +333,7 @@ func (a simAPI) call(ctx context.Context, req *publisher.Request) classify.Answe
 	c.certain = ans.Status == 429 || ans.Status == 503
 	if d, err := strconv.Atoi(ans.Header.Get("Retry-After")); err == nil {
 		now := time.Now()
-		w.windows[req.Creator] = append(w.windows[req.Creator], window{a.s.name, now, now.Add(time.Duration(d) * time.Second)})
+		w.windows[req.Creator] = append(w.windows[req.Creator], window{a.s.name, req.ID, now, now.Add(time.Duration(d) * time.Second)})
 	}
 	seq, known := w.acked[req.ID]
 	w.mu.Unlock()
