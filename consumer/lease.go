@@ -109,7 +109,7 @@ func (l *lease) put(ctx context.Context) (err error) {
 	case writtenBetween(err):
 		return l.adopt(ctx)
 	}
-	return fmt.Errorf("renew %s: %w", l.key, err)
+	return fmt.Errorf("write lease %s: %w", l.key, err)
 }
 
 // writtenBetween reports whether a compare-and-set failed because the key is, or is just being,

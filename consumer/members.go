@@ -349,15 +349,15 @@ func (w *Worker) own(ctx context.Context, stop <-chan struct{}) {
 }
 
 func (w *Worker) beat(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, beatEvery)
-	defer cancel()
 	w.members.mu.Lock()
 	left := w.members.left
 	w.members.mu.Unlock()
 	if left {
 		return
 	}
-	if err := w.members.beat(ctx, w.gates.InFlight()); err != nil && ctx.Err() == nil {
+	short, cancel := context.WithTimeout(ctx, beatEvery)
+	defer cancel()
+	if err := w.members.beat(short, w.gates.InFlight()); err != nil && ctx.Err() == nil {
 		w.log.Warn().Err(err).Msg("the other workers are not told that this one is alive; trying again")
 	}
 }
@@ -368,32 +368,48 @@ func (w *Worker) saveHolds(ctx context.Context) {
 	w.holds.save(ctx, time.Now())
 }
 
-// each runs f for partitions, some at once.
-func (w *Worker) each(f func(*partition)) {
-	var g errgroup.Group
+// each runs f for partitions, some at once. It returns those of which f failed, and why
+// one of them did.
+func (w *Worker) each(f func(*partition) error) (failed []int, why error) {
+	var (
+		g  errgroup.Group
+		mu sync.Mutex
+	)
 	g.SetLimit(16)
 	for _, p := range w.partitions {
-		g.Go(func() error { f(p); return nil })
+		g.Go(func() error {
+			err := f(p)
+			if err != nil {
+				mu.Lock()
+				failed = append(failed, p.number)
+				mu.Unlock()
+			}
+			return err
+		})
 	}
-	_ = g.Wait()
+	why = g.Wait()
+	slices.Sort(failed)
+	return failed, why
 }
 
 func (w *Worker) renew(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, beatEvery)
+	short, cancel := context.WithTimeout(ctx, beatEvery)
 	defer cancel()
-	w.each(func(p *partition) {
+	failed, err := w.each(func(p *partition) error {
 		err := failpoint.Hit(failpoint.Renew, "")
 		if err == nil {
-			err = p.lease.renew(ctx)
+			err = p.lease.renew(short)
 		}
-		switch {
-		case errors.Is(err, errTaken):
+		if errors.Is(err, errTaken) {
 			w.log.Error().Int("partition", p.number).Msg("lost to another worker; its messages are left to it")
 			p.leave()
-		case err != nil && ctx.Err() == nil:
-			w.log.Warn().Err(err).Int("partition", p.number).Msg("not renewed; no call is started once the lease is over")
+			return nil
 		}
+		return err
 	})
+	if err != nil && ctx.Err() == nil {
+		w.log.Warn().Err(err).Ints("partitions", failed).Msg("not renewed; no call is started once a lease is over; trying again")
+	}
 }
 
 // balance claims what is free and this worker's due, and begins to hand over
@@ -407,19 +423,23 @@ func (w *Worker) balance(ctx context.Context, again *time.Timer) {
 		return
 	}
 	// A claim that is under way when the worker stops is waited for: it has to be released.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), beatEvery)
+	short, cancel := context.WithTimeout(context.WithoutCancel(ctx), beatEvery)
 	defer cancel()
-	w.each(func(p *partition) {
+	failed, err := w.each(func(p *partition) error {
 		switch held := p.lease.held(); {
 		case held && !mine[p.number]:
 			w.handOver(p)
 		case !held && free[p.number] && p.flying.Load() == 0: // none of an earlier time
-			w.claim(ctx, p)
+			return w.claim(short, p)
 		}
+		return nil
 	})
+	if err != nil && ctx.Err() == nil {
+		w.log.Warn().Err(err).Ints("partitions", failed).Msg("cannot claim; trying again")
+	}
 }
 
-func (w *Worker) claim(ctx context.Context, p *partition) {
+func (w *Worker) claim(ctx context.Context, p *partition) error {
 	owners := w.cfg.Topology.Namespace.Stream(publisher.Owners)
 	before, err := w.ledger.last(ctx, "KV_"+owners, "$KV."+owners+"."+p.lease.key)
 	if err == nil {
@@ -427,12 +447,9 @@ func (w *Worker) claim(ctx context.Context, p *partition) {
 	}
 	switch {
 	case errors.Is(err, errTaken):
-		return
+		return nil
 	case err != nil:
-		if ctx.Err() == nil {
-			w.log.Warn().Err(err).Int("partition", p.number).Msg("cannot claim; trying again")
-		}
-		return
+		return err
 	}
 	// Who gives a partition up deletes its lease; a lease that expires is purged.
 	crashed := before != nil && before.Header.Get("KV-Operation") != "DEL"
@@ -443,14 +460,14 @@ func (w *Worker) claim(ctx context.Context, p *partition) {
 	}
 	if err := p.enter(ctx, hadOwner, crashed); err != nil {
 		if errors.Is(err, errStopping) {
-			return // who leaves it releases it
+			return nil // who leaves it releases it
 		}
-		w.log.Error().Err(err).Int("partition", p.number).Msg("cannot take messages; trying again")
 		p.leave()
 		_ = p.lease.release(ctx)
-		return
+		return fmt.Errorf("take messages: %w", err)
 	}
 	w.log.Info().Int("partition", p.number).Bool("had_owner", hadOwner).Bool("crashed", crashed).Msg("owned")
+	return nil
 }
 
 // delivered reports whether somebody has had messages of the partition lately, or may

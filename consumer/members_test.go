@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/rs/zerolog"
 	"pgregory.net/rapid"
 
 	"github.com/headgate-io/headgate/classify"
@@ -236,5 +238,29 @@ func TestWorkersShareTheAccount(t *testing.T) {
 		if used < 0.97 {
 			t.Errorf("%.1f%% of the limit used", 100*used)
 		}
+	})
+}
+
+// A worker that the server does not answer says so, again and again.
+func TestSilentServer(t *testing.T) {
+	natsservertest.Simulate(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		var log lockedBuffer
+		w.cfg.Log = zerolog.New(&log)
+		s := w.start()
+		for began := time.Now(); !strings.Contains(log.String(), `"owned"`); time.Sleep(time.Second) {
+			if time.Since(began) > time.Minute {
+				t.Fatal("it owns nothing")
+			}
+		}
+		s.line.freeze()
+		time.Sleep(30 * time.Second)
+		for _, says := range []string{"not renewed", "are not told"} {
+			if n := strings.Count(log.String(), says); n < 3 {
+				t.Errorf("%q is said %d times", says, n)
+			}
+		}
+		s.line.thaw()
+		s.stop()
 	})
 }
