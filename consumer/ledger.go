@@ -56,6 +56,15 @@ func (r record) counts() (attempts, throttled int) {
 	return attempts, throttled
 }
 
+// ClaimedFor is the creator of the dead letter that a record of LEDGER claims, "" if it claims none.
+func ClaimedFor(stored []byte) string {
+	var r record
+	if json.Unmarshal(stored, &r) != nil || r.Claim == nil || r.Claim.Dead == nil {
+		return ""
+	}
+	return r.Claim.Dead.Creator
+}
+
 // errClaimed means that somebody else wrote a request's record in between.
 var errClaimed = errors.New("the request's ledger record was written by another worker")
 

@@ -299,6 +299,10 @@ func TestPurge(t *testing.T) {
 		}
 	})
 	defer w.worker()()
+	// Of a letter that was dropped, the ledger still knows.
+	w.publish("requests."+token+".bad", `{}`, nats.MsgIdHdr, "purge-6")
+	w.outcome("DLQ", "dlq.*."+token+".bad.>")
+	w.headgate("dlq", "drop", "--creator", who, "--yes")
 	w.publish("requests."+token+".send", `{"of":"Erased.One"}`, nats.MsgIdHdr, "purge-1")
 	w.publish("requests."+token+".large", `{}`, nats.MsgIdHdr, "purge-2")
 	w.publish("requests."+token+".bad", `{}`, nats.MsgIdHdr, "purge-3")
@@ -335,7 +339,7 @@ func TestPurge(t *testing.T) {
 				continue // erased
 			}
 			all := m.Subject + fmt.Sprint(m.Header) + string(m.Data)
-			for _, trace := range []string{who, token, "purge-1", "purge-2", "purge-3", "purge-4", "purge-5"} {
+			for _, trace := range []string{who, token, "purge-1", "purge-2", "purge-3", "purge-4", "purge-5", "purge-6"} {
 				if strings.Contains(all, trace) {
 					t.Errorf("stream %s still has %s: %.300s", name, trace, all)
 				}

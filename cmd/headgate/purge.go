@@ -220,6 +220,10 @@ func (p *purge) requestIDs(ctx context.Context) (map[string]bool, error) {
 			ids[s[strings.LastIndexByte(s, '.')+1:]] = true
 		}
 	}
+	// The letters of some were dropped or replayed, and are still in the ledger.
+	if err := p.claimed(ctx, ids); err != nil {
+		return nil, err
+	}
 	// Those that are waiting have their ids in a header.
 	st, err := p.js.Stream(ctx, p.ns.Stream(publisher.Requests))
 	if err != nil {
@@ -237,6 +241,33 @@ func (p *purge) requestIDs(ctx context.Context) (map[string]bool, error) {
 			ids[publisher.IDToken(id)] = true
 		}
 		seq = m.Sequence + 1
+	}
+}
+
+// claimed adds the ids of requests that the ledger knows as dead letters of the creator.
+func (p *purge) claimed(ctx context.Context, ids map[string]bool) error {
+	fail := func(err error) error { return fmt.Errorf("look at the ledger: %w", err) }
+	kv, err := p.s.bucket(ctx, publisher.Ledger)
+	if err != nil {
+		return err
+	}
+	watcher, err := kv.WatchAll(ctx, jetstream.IgnoreDeletes())
+	if err != nil {
+		return fail(err)
+	}
+	defer func() { _ = watcher.Stop() }()
+	for {
+		select {
+		case <-ctx.Done():
+			return fail(ctx.Err())
+		case e := <-watcher.Updates():
+			if e == nil {
+				return nil
+			}
+			if consumer.ClaimedFor(e.Value()) == p.creator {
+				ids[e.Key()] = true
+			}
+		}
 	}
 }
 
