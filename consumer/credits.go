@@ -20,7 +20,8 @@ import (
 // says what they cost.
 type Credits struct {
 	PerDay float64 // 0: no limit; they are counted all the same
-	// Hold holds the account when they are used up, until the day ends.
+	// Hold holds the account when they are used up, until the day ends, or somebody
+	// releases it: then the day goes on without another hold.
 	Hold bool
 }
 
@@ -42,7 +43,7 @@ type credits struct {
 
 	mu      sync.Mutex
 	pending map[string]float64 // by day, not yet in BUDGETS
-	spent   float64            // of the fleet, today, as last seen
+	today   storedCredits      // of the fleet, as last seen
 	day     string
 	told    int // percent
 }
@@ -50,6 +51,8 @@ type credits struct {
 // storedCredits is a day's count.
 type storedCredits struct {
 	Spent float64 `json:"spent"`
+	// Held: the account was held for it.
+	Held bool `json:"held,omitempty"`
 }
 
 func dayOf(now time.Time) string { return now.UTC().Format(time.DateOnly) }
@@ -67,24 +70,24 @@ func (c *credits) add(cost float64, now time.Time) {
 	c.pending[dayOf(now)] += cost
 }
 
-// today is what the fleet has spent, as last seen.
-func (c *credits) today(now time.Time) float64 {
+// of is what the fleet has spent on the day, as last seen.
+func (c *credits) of(now time.Time) storedCredits {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.day != dayOf(now) {
-		return 0
+		return storedCredits{}
 	}
-	return c.spent
+	return c.today
 }
 
 // flush adds what is pending to the fleet's count and returns that of today.
-func (c *credits) flush(ctx context.Context, now time.Time) (spent float64, err error) {
+func (c *credits) flush(ctx context.Context, now time.Time) (storedCredits, error) {
 	c.mu.Lock()
 	pending := c.pending
 	c.pending = nil
 	c.mu.Unlock()
 	for day, cost := range pending {
-		total, err := c.count(ctx, day, cost)
+		total, err := c.count(ctx, day, storedCredits{Spent: cost})
 		if err != nil {
 			c.mu.Lock()
 			if c.pending == nil {
@@ -94,20 +97,24 @@ func (c *credits) flush(ctx context.Context, now time.Time) (spent float64, err 
 				c.pending[day] += cost
 			}
 			c.mu.Unlock()
-			return 0, err
+			return storedCredits{}, err
 		}
 		delete(pending, day)
-		if day == dayOf(now) {
-			c.mu.Lock()
-			c.day, c.spent = day, total
-			c.mu.Unlock()
-		}
+		c.saw(day, total, now)
 	}
-	return c.today(now), nil
+	return c.of(now), nil
+}
+
+func (c *credits) saw(day string, total storedCredits, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if day == dayOf(now) {
+		c.day, c.today = day, total
+	}
 }
 
 // count adds to a day by compare-and-set.
-func (c *credits) count(ctx context.Context, day string, cost float64) (total float64, err error) {
+func (c *credits) count(ctx context.Context, day string, more storedCredits) (storedCredits, error) {
 	for {
 		var s storedCredits
 		var revision uint64
@@ -119,12 +126,12 @@ func (c *credits) count(ctx context.Context, day string, cost float64) (total fl
 				c.log.Warn().Err(err).Str("key", entry.Key()).Msg("the count of credits cannot be read; it begins anew")
 			}
 		case !errors.Is(err, jetstream.ErrKeyNotFound):
-			return 0, fmt.Errorf("count credits: %w", err)
+			return s, fmt.Errorf("count credits: %w", err)
 		}
-		s.Spent += cost
+		s.Spent, s.Held = s.Spent+more.Spent, s.Held || more.Held
 		value, err := json.Marshal(s)
 		if err != nil {
-			return 0, err
+			return s, fmt.Errorf("count credits: %w", err)
 		}
 		if revision == 0 {
 			_, err = c.kv.Create(ctx, budgetCredits+day, value)
@@ -133,10 +140,10 @@ func (c *credits) count(ctx context.Context, day string, cost float64) (total fl
 		}
 		switch {
 		case err == nil:
-			return s.Spent, nil
+			return s, nil
 		case writtenBetween(err) && ctx.Err() == nil:
 		default:
-			return 0, fmt.Errorf("count credits: %w", err)
+			return s, fmt.Errorf("count credits: %w", err)
 		}
 	}
 }
@@ -154,25 +161,26 @@ func (w *Worker) spend(ctx context.Context) {
 			return
 		case now := <-t.C:
 			short, cancel := context.WithTimeout(ctx, w.cfg.StoreTimeout)
-			spent, err := w.credits.flush(short, now)
-			if err != nil && ctx.Err() == nil {
-				w.log.Warn().Err(err).Msg("what calls cost is counted later")
-			} else {
-				w.weigh(short, spent, now)
+			today, err := w.credits.flush(short, now)
+			if err == nil {
+				err = w.weigh(short, today, now)
 			}
 			cancel()
+			if err != nil && ctx.Err() == nil {
+				w.log.Warn().Err(err).Msg("what calls cost is counted later")
+			}
 		}
 	}
 }
 
 // weigh tells of thresholds and holds the account when the day's credits are used up.
-func (w *Worker) weigh(ctx context.Context, spent float64, now time.Time) {
+func (w *Worker) weigh(ctx context.Context, today storedCredits, now time.Time) error {
 	c := w.credits
-	if c.cfg.PerDay <= 0 || spent <= 0 {
-		return
+	if c.cfg.PerDay <= 0 || today.Spent <= 0 {
+		return nil
 	}
 	percent := 0
-	switch part := 100 * spent / c.cfg.PerDay; {
+	switch part := 100 * today.Spent / c.cfg.PerDay; {
 	case part >= 100:
 		percent = 100
 	case part >= creditsWarn:
@@ -187,25 +195,29 @@ func (w *Worker) weigh(ctx context.Context, spent float64, now time.Time) {
 	c.told = max(c.told, percent)
 	c.mu.Unlock()
 	if tell {
-		w.log.Warn().Float64("spent", spent).Float64("per_day", c.cfg.PerDay).Int("percent", percent).Msg("credits of the day are used")
+		w.log.Warn().Float64("spent", today.Spent).Float64("per_day", c.cfg.PerDay).Int("percent", percent).Msg("credits of the day are used")
 		w.event(publisher.Event{
 			Kind: publisher.CreditsThreshold, Percent: percent, Once: fmt.Sprintf("%s:%d", day, percent),
-			Reason: fmt.Sprintf("%.0f of %.0f credits of %s are used", spent, c.cfg.PerDay, day),
+			Reason: fmt.Sprintf("%.0f of %.0f credits of %s are used", today.Spent, c.cfg.PerDay, day),
 		})
 	}
-	if percent < 100 || !c.cfg.Hold {
-		return
+	if percent < 100 || !c.cfg.Hold || today.Held {
+		return nil
 	}
 	h := resilience.Hold{
 		Since: now, Until: now.UTC().Truncate(24 * time.Hour).Add(24 * time.Hour), Class: classify.QuotaExceeded, Who: w.cfg.Name,
 		Reason: fmt.Sprintf("the credits of %s are used up (limits.credits_per_day)", day),
 	}
-	if !w.gates.HoldAccount(h) {
-		return // as long already
+	if w.gates.HoldAccount(h) { // else it is held for as long already
+		w.holds.keep(holdAccount, h, 0)
+		if err := w.holds.store(ctx, holdAccount, h); err != nil {
+			w.log.Error().Err(err).Msg("the account's hold is known to this worker only, until it can be stored; trying again")
+		}
+		w.event(publisher.Event{Kind: publisher.AccountHeld, Class: h.Class, Reason: h.Reason, Until: until(h.Until), Once: h.Until.Format(time.RFC3339)})
 	}
-	w.holds.keep(holdAccount, h, 0)
-	if err := w.holds.store(ctx, holdAccount, h); err != nil {
-		w.log.Error().Err(err).Msg("the account's hold is known to this worker only, until it can be stored; trying again")
+	total, err := c.count(ctx, day, storedCredits{Held: true})
+	if err == nil {
+		c.saw(day, total, now)
 	}
-	w.event(publisher.Event{Kind: publisher.AccountHeld, Class: h.Class, Reason: h.Reason, Until: until(h.Until), Once: h.Until.Format(time.RFC3339)})
+	return err
 }

@@ -205,3 +205,40 @@ func TestCredits(t *testing.T) {
 		r.await(time.Hour, "RESULTS", "results.>", held+20)
 	})
 }
+
+// Somebody who releases the account has bought more credits, or insists: it is not held again
+// that day.
+func TestCreditsReleased(t *testing.T) {
+	natsservertest.Simulate(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) {
+			profile, err := classify.Load("apifreaks")
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Profile = profile
+			c.Credits = Credits{PerDay: 10, Hold: true}
+			c.Gates.Creator = resilience.Limits{Concurrency: 1}
+		})
+		r.api = func(context.Context, *publisher.Request) classify.Answer {
+			time.Sleep(time.Second)
+			return answer(200, "X-Af-Credits-Cost", "2")
+		}
+		now := time.Now().UTC()
+		time.Sleep(now.Truncate(24 * time.Hour).Add(36 * time.Hour).Sub(now)) // the middle of a day
+		r.work("first")
+		r.work("second")
+		time.Sleep(10 * time.Second)
+		creators := []string{"alice", "bob", "carol", "dave"}
+		for _, name := range creators {
+			r.publish(name, 20)
+		}
+		time.Sleep(time.Minute)
+		if n := r.count("RESULTS", "results.>"); n > 40 {
+			t.Fatalf("it was not held: %d results", n)
+		}
+		if err := r.bucket("HOLDS").Delete(t.Context(), holdAccount); err != nil {
+			t.Fatal(err)
+		}
+		r.await(10*time.Minute, "RESULTS", "results.>", 20*len(creators))
+	})
+}

@@ -37,7 +37,7 @@ func (w *Worker) Snapshot() Snapshot {
 		InFlight: w.gates.InFlight(), Near: int(w.near.Load()),
 		Breakers: map[string]int{}, Held: map[string]int{},
 		Backlog: int(w.backlog.Load()),
-		Credits: w.credits.today(now), CreditsPerDay: w.cfg.Credits.PerDay,
+		Credits: w.credits.of(now).Spent, CreditsPerDay: w.cfg.Credits.PerDay,
 	}
 	if at := w.oldest.Load(); at != 0 {
 		s.Oldest = now.Sub(time.Unix(0, at))
