@@ -158,6 +158,9 @@ func lookAround(ctx context.Context, s *session) (fleetStatus, error) {
 		}
 		*stream.rate = float64(st.LastSeq-stream.last) / time.Since(began).Seconds()
 	}
+	if !s.topology().NoIDInSubject {
+		f.Results = max(f.Results-f.Letters, 0) // a dead letter's fence takes a sequence of RESULTS
+	}
 	return f, nil
 }
 
