@@ -36,7 +36,7 @@ func TestOperate(t *testing.T) {
 		}
 		return y
 	}
-	eventually(t, "throttled is held", func() bool { return len(w.api.of("throttled")) > 0 && why("throttled").Reason == "hold" })
+	eventually(t, "throttled is held, and both are set aside", func() bool { y := why("throttled"); return y.Reason == "hold" && y.Parked == 2 })
 	y := why("throttled")
 	if y.Until == nil || time.Until(*y.Until) < 50*time.Minute || y.Stored != 2 || y.Parked != 2 || len(y.Failures) == 0 || y.Failures[0].Status != 429 {
 		t.Errorf("%+v", y)
@@ -120,6 +120,22 @@ func TestOperate(t *testing.T) {
 		if code, _, stderr := program(t, "", append(strings.Fields(args), "-c", w.config, "--server", w.url)...); code != exitUsage && code != exitFailed || stderr == "" {
 			t.Errorf("headgate %s: exit code %d: %s", args, code, stderr)
 		}
+	}
+}
+
+// Also where nobody works there is an answer.
+func TestWhyNobodyWorks(t *testing.T) {
+	w := newWorld(t, natsservertest.URL(t))
+	w.publish("requests.alice.send", `{}`)
+	var y creatorWhy
+	if err := json.Unmarshal([]byte(w.headgate("why", "alice", "-o", "json")), &y); err != nil {
+		t.Fatal(err)
+	}
+	if y.Reason != reasonNobody || y.Stored != 1 || y.Creator != "alice" {
+		t.Errorf("%+v", y)
+	}
+	if text := w.headgate("why", "alice"); !strings.Contains(text, "no worker answers") || !strings.Contains(text, "headgate run") || !strings.Contains(text, "1 stored") {
+		t.Errorf("why says\n%s", text)
 	}
 }
 

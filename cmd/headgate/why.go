@@ -16,6 +16,7 @@ import (
 
 	"github.com/headgate-io/headgate/consumer"
 	"github.com/headgate-io/headgate/publisher"
+	"github.com/headgate-io/headgate/resilience"
 )
 
 // answerWithin is for how long workers are waited for.
@@ -120,19 +121,26 @@ func whyRequest(ctx context.Context, s *session, id string) (creatorWhy, error) 
 	return y, nil
 }
 
+// reasonNobody: there is no worker that calls for the creator.
+const reasonNobody resilience.Reason = "no_worker"
+
 func why(ctx context.Context, s *session, creator string) (creatorWhy, error) {
 	token, err := publisher.EncodeToken(creator)
 	if err != nil {
 		return creatorWhy{}, exitError{exitUsage, fmt.Errorf("creator: %w", err)}
 	}
+	y := creatorWhy{Operations: map[string]uint64{}, DeadLetters: map[string]uint64{}}
 	answers, err := ask[consumer.Why](s, "why."+token, "", 1, answerWithin)
-	if err != nil {
-		return creatorWhy{}, err
+	switch {
+	case errors.Is(err, errNobody):
+		y.Why = consumer.Why{Creator: creator, Reason: reasonNobody, Text: "no worker answers", Action: "start one: headgate run"}
+	case err != nil:
+		return y, err
+	case len(answers) == 0:
+		y.Why = consumer.Why{Creator: creator, Reason: reasonNobody, Text: "no worker owns its partition at the moment, or the one that does has not answered", Action: "headgate workers shows who owns what; look at their logs"}
+	default:
+		y.Why = answers[0]
 	}
-	if len(answers) == 0 {
-		return creatorWhy{}, fmt.Errorf("no worker owns the partition of %q at the moment; `headgate workers` shows who owns what", creator)
-	}
-	y := creatorWhy{Why: answers[0], Operations: map[string]uint64{}, DeadLetters: map[string]uint64{}}
 	ns := s.topology().Namespace
 	requests, err := subjectsOf(ctx, s.js, ns.Stream(publisher.Requests), ns.Subject("requests", "*", token, "*"))
 	if err != nil {
@@ -192,7 +200,9 @@ func printWhy(w io.Writer, y creatorWhy) {
 	if y.Retrying > 0 {
 		fmt.Fprintf(w, ", %d of them after a failed call (up to %d so far)", y.Retrying, y.Attempts)
 	}
-	fmt.Fprintf(w, "\nworker:   %s\n", y.Worker)
+	if fmt.Fprintln(w); y.Worker != "" {
+		fmt.Fprintf(w, "worker:   %s\n", y.Worker)
+	}
 	if len(y.Operations) > 1 {
 		fmt.Fprintf(w, "          %s\n", counts(y.Operations))
 	}
