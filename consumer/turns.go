@@ -171,7 +171,7 @@ func (p *partition) hurry(now time.Time) {
 	var idle []*creator
 	p.mu.Lock()
 	for _, c := range p.creators {
-		if len(c.parked) == 0 || len(c.waiting) > 0 || c.gate.InFlight() > 0 {
+		if len(c.parked) == 0 || len(c.waiting) > 0 || c.gate.InFlight() > 0 || c.gate.Held(now) != nil {
 			continue
 		}
 		var first *parked
