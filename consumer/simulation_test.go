@@ -26,7 +26,7 @@ func TestSimulation(t *testing.T) {
 	failed := 0
 	for n := range uint64(*seeds) {
 		seed := *firstSeed + n
-		hangs := time.AfterFunc(20*time.Second, func() { panic(fmt.Sprintf("seed %d hangs", seed)) })
+		hangs := time.AfterFunc(time.Minute, func() { panic(fmt.Sprintf("seed %d hangs", seed)) })
 		natsservertest.Simulate(t, func(t *testing.T) {
 			if found := simulate(t, seed, false); len(found) > 0 {
 				failed++
