@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	seeds     = flag.Int("seeds", 10, "simulated runs")
+	seeds     = flag.Int("seeds", 5, "simulated runs")
 	firstSeed = flag.Uint64("seed", 1, "the first run's seed")
 )
 
