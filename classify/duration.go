@@ -10,7 +10,7 @@ import (
 
 const forever = time.Duration(math.MaxInt64)
 
-// clock turns a moment of the provider's clock into a wait.
+// clock turns what an API says about a moment or a wait into a wait.
 type clock struct {
 	now    time.Time
 	header http.Header // of the answer
@@ -23,74 +23,188 @@ type clock struct {
 func (c clock) until(t time.Time) time.Duration {
 	now := c.now
 	if date := c.header["Date"]; len(date) > 0 {
-		if d, ok := parseHTTPDate(strings.TrimSpace(date[0]), c.now); ok {
+		if d, ok := parseDate(strings.TrimSpace(date[0]), c.now); ok {
 			now = d
 		}
 	}
 	return max(0, t.Sub(now))
 }
 
-// wait reads what an API says about when to call again, in any of the forms of
-// Retry-After: seconds (RFC 9110 section 10.2.3), which may have decimals, an
-// HTTP-date, or an RFC 3339 time. Of a list the longest counts. What is none of
-// these, a negative number among them, is as if it were not there.
-func (c clock) wait(s string) (time.Duration, bool) {
+// wait reads what an API says about when to call again, in any form that software is
+// known to write into Retry-After and its like: a number of seconds, a duration with
+// its units, a Unix time, a date. Of a list the longest counts. Anything else, and a negative
+// number, is as if it were not there.
+func (c clock) wait(s string) (time.Duration, bool) { return c.in(time.Second, s) }
+
+// in is wait where a number without a unit counts units.
+func (c clock) in(unit time.Duration, s string) (time.Duration, bool) {
 	s = strings.TrimSpace(s)
-	if d, ok := c.waitOne(s); ok {
+	if d, ok := c.one(unit, s); ok {
 		return d, true
 	}
-	var longest time.Duration
-	known := false
-	for more := strings.Contains(s, ","); more; {
-		var part string
-		part, s, more = strings.Cut(s, ",")
-		d, ok := c.waitOne(strings.TrimSpace(part))
-		if !ok && more {
-			// An HTTP-date has a comma itself.
-			tail, rest, again := strings.Cut(s, ",")
-			if d, ok = c.waitOne(strings.TrimSpace(part + "," + tail)); ok {
-				s, more = rest, again
-			}
-		}
+	longest, known := time.Duration(0), false
+	for rest, more := s, strings.Contains(s, ","); more; {
+		d, ok, n := c.item(unit, rest)
 		if ok {
 			longest, known = max(longest, d), true
+		}
+		if more = n < len(rest); more {
+			rest = rest[n+1:]
 		}
 	}
 	return longest, known
 }
 
-func (c clock) waitOne(s string) (time.Duration, bool) {
-	if d, ok := parseDecimal(s, time.Second); ok {
+// maxCommas is how many commas an item of a list may have itself: a date has one,
+// 1,000,000 two.
+const maxCommas = 4
+
+// item reads the first item of a list, and returns how long it is. An item may have commas
+// itself: the longest text that can be read is one.
+func (c clock) item(unit time.Duration, s string) (longest time.Duration, known bool, length int) {
+	length = -1
+	for n, commas := 0, 0; commas <= maxCommas && n <= len(s); commas++ {
+		end := len(s)
+		if i := strings.IndexByte(s[n:], ','); i >= 0 {
+			end = n + i
+		}
+		if length < 0 {
+			length = end
+		}
+		if d, ok := c.one(unit, strings.TrimSpace(s[:end])); ok {
+			longest, known, length = d, true, end
+		}
+		n = end + 1
+	}
+	return longest, known, length
+}
+
+// one reads a text that is no list.
+func (c clock) one(unit time.Duration, s string) (time.Duration, bool) {
+	if n := len(s); n > 1 && s[0] == s[n-1] && (s[0] == '"' || s[0] == '\'') {
+		s = strings.TrimSpace(s[1 : n-1])
+	}
+	if len(s) == 0 {
+		return 0, false
+	}
+	if at, ok := strings.CutPrefix(s, "@"); ok { // a Date of RFC 9651
+		if d, ok := parseDecimal(at, time.Second); ok {
+			return c.until(unix(d)), true
+		}
+		return 0, false
+	}
+	if d, ok := c.number(unit, ungroup(strings.TrimPrefix(s, "+")), parseDecimal); ok {
 		return d, true
 	}
-	if t, ok := c.date(s); ok {
+	if d, ok := parseDuration(s); ok {
+		return d, true
+	}
+	if t, ok := parseDate(s, c.now); ok {
 		return c.until(t), true
 	}
 	return 0, false
 }
 
-func (c clock) date(s string) (time.Time, bool) {
-	if t, ok := parseHTTPDate(s, c.now); ok {
-		return t, true
+// value is in for a JSON value.
+func (c clock) value(unit time.Duration, raw []byte) (time.Duration, bool) {
+	if n := number(raw); n != "" {
+		return c.number(unit, n, parseNumber)
 	}
-	return parseRFC3339(s)
+	return c.in(unit, text(raw, maxID))
 }
 
-// reset reads when a window ends: like wait, but a number from 10^9 on is a Unix
-// time, in seconds or, where those would lie past the year 2262, milliseconds.
-// Smaller ones would be dates before 2001, and are seconds from now.
-func (c clock) reset(s string) (time.Duration, bool) {
-	s = strings.TrimSpace(s)
-	d, ok := parseDecimal(s, time.Second)
-	switch {
-	case !ok:
-		return c.wait(s)
-	case d < 1e9*time.Second:
-		return d, true
-	case d == forever:
-		d, _ = parseDecimal(s, time.Millisecond)
+// A number of seconds below this is a wait, from it on a Unix time: it would be a wait of 31
+// years, or a date before 2001-09-09.
+const firstUnix = 1e9 * time.Second
+
+// number reads a number of units to wait or, if it has as many digits as the present
+// moment has in seconds (10), milliseconds (13), microseconds (16) or nanoseconds (19), a
+// Unix time. Other numbers are longer waits than any, and saturate.
+func (c clock) number(unit time.Duration, s string, parse func(string, time.Duration) (time.Duration, bool)) (time.Duration, bool) {
+	d, ok := parse(s, unit)
+	if !ok || d < firstUnix {
+		return d, ok
 	}
-	return c.until(time.Unix(0, int64(d))), true
+	for ; unit >= time.Nanosecond; unit /= 1000 {
+		if d, _ = parse(s, unit); d < firstUnix {
+			break
+		}
+		if d != forever {
+			return c.until(unix(d)), true
+		}
+	}
+	return forever, true
+}
+
+func unix(d time.Duration) time.Time { return time.Unix(0, int64(d)) }
+
+// ungroup takes the commas out of 1,000 and 12,345,678.9.
+func ungroup(s string) string {
+	if len(s) > 40 || !strings.Contains(s, ",") {
+		return s
+	}
+	groups := strings.Split(s, ",")
+	for i, g := range groups {
+		if i == len(groups)-1 {
+			g, _, _ = strings.Cut(g, ".")
+		}
+		if len(g) != 3 && (i > 0 || len(g) == 0 || len(g) > 3) {
+			return s
+		}
+	}
+	return strings.Join(groups, "")
+}
+
+var units = map[string]time.Duration{
+	"ns": time.Nanosecond, "us": time.Microsecond, "µs": time.Microsecond, "ms": time.Millisecond, "msec": time.Millisecond, "millis": time.Millisecond,
+	"millisecond": time.Millisecond, "s": time.Second, "sec": time.Second, "second": time.Second, "m": time.Minute, "min": time.Minute,
+	"minute": time.Minute, "h": time.Hour, "hr": time.Hour, "hour": time.Hour, "d": 24 * time.Hour, "day": 24 * time.Hour,
+}
+
+// unitOf knows a unit by its name, short or long, singular or plural.
+func unitOf(name string) (time.Duration, bool) {
+	name = strings.ToLower(name)
+	if unit, ok := units[name]; ok {
+		return unit, true
+	}
+	unit, ok := units[strings.TrimSuffix(name, "s")]
+	return unit, ok
+}
+
+// maxUnits is how many parts a duration may have: 1d 2h 3m 4s 5ms.
+const maxUnits = 6
+
+// parseDuration reads numbers that have units: 120s, 120 seconds, 1h30m, "2 min 5 sec".
+func parseDuration(s string) (time.Duration, bool) {
+	if len(s) > 64 {
+		return 0, false
+	}
+	s = strings.TrimPrefix(s, "+")
+	var total time.Duration
+	for part := 0; ; part++ {
+		n := strings.IndexFunc(s, func(r rune) bool { return (r < '0' || r > '9') && r != '.' && r != ',' })
+		if n <= 0 || part == maxUnits {
+			return 0, false
+		}
+		number := s[:n]
+		s = strings.TrimLeft(s[n:], " ")
+		end := strings.IndexAny(s, "0123456789 ")
+		if end < 0 {
+			end = len(s)
+		}
+		unit, ok := unitOf(s[:end])
+		if !ok {
+			return 0, false
+		}
+		d, ok := parseDecimal(ungroup(number), unit)
+		if !ok {
+			return 0, false
+		}
+		total = add(total, d)
+		if s = strings.TrimLeft(s[end:], " "); s == "" {
+			return total, true
+		}
+	}
 }
 
 // parseDecimal reads a decimal number of units without sign or exponent. It
@@ -149,70 +263,4 @@ func parseNumber(s string, unit time.Duration) (time.Duration, bool) {
 		return forever, true
 	}
 	return time.Duration(math.Ceil(f * float64(unit))), true
-}
-
-// The forms of an HTTP-date (RFC 9110 section 5.6.7). All are in GMT.
-const (
-	imfFixdate = "Mon, 02 Jan 2006 15:04:05 GMT"
-	rfc850     = "Monday, 02-Jan-06 15:04:05 GMT"
-	asctime    = "Mon Jan _2 15:04:05 2006"
-)
-
-// parseHTTPDate reads the three forms of an HTTP-date. now decides the century
-// of the one that has two digits for the year.
-func parseHTTPDate(s string, now time.Time) (time.Time, bool) {
-	if !likeDate(s) || s[0] >= '0' && s[0] <= '9' {
-		return time.Time{}, false
-	}
-	s, leap := leapSecond(s)
-	for _, layout := range [...]string{imfFixdate, asctime, rfc850} {
-		t, err := time.Parse(layout, s)
-		if err != nil {
-			continue
-		}
-		if layout == rfc850 {
-			t = century(t, now)
-		}
-		return t.Add(leap), true
-	}
-	return time.Time{}, false
-}
-
-// century moves t, of whose year two digits are known, to the last such year
-// that is not more than 50 years after now (RFC 9110 section 5.6.7).
-func century(t, now time.Time) time.Time {
-	limit := now.UTC().AddDate(50, 0, 0)
-	year := limit.Year() - limit.Year()%100 + t.Year()%100
-	in := func(year int) time.Time {
-		return time.Date(year, t.Month(), t.Day(), t.Hour(), t.Minute(), t.Second(), 0, time.UTC)
-	}
-	if t := in(year); !t.After(limit) {
-		return t
-	}
-	return in(year - 100)
-}
-
-// parseRFC3339 is time.Parse, and takes what section 5.6 of RFC 3339 lets people
-// write besides: small letters, a space for the T, a leap second.
-func parseRFC3339(s string) (time.Time, bool) {
-	if !likeDate(s) || s[0] < '0' || s[0] > '9' {
-		return time.Time{}, false
-	}
-	s, leap := leapSecond(strings.ToUpper(s))
-	if s[10] == ' ' {
-		s = s[:10] + "T" + s[11:]
-	}
-	t, err := time.Parse(time.RFC3339, s)
-	return t.Add(leap), err == nil
-}
-
-// likeDate spares a long text the attempts, and their errors the memory.
-func likeDate(s string) bool { return len(s) >= len("2006-01-02T15:04:05Z") && len(s) <= 64 }
-
-// leapSecond rewrites the second 60, which package time does not know.
-func leapSecond(s string) (string, time.Duration) {
-	if i := strings.Index(s, ":60"); i >= 3 && s[i-3] == ':' {
-		return s[:i] + ":59" + s[i+3:], time.Second
-	}
-	return s, 0
 }

@@ -16,6 +16,8 @@ func FuzzRetryAfter(f *testing.F) {
 	for _, s := range []string{
 		"5", "1.5", "-1", "NaN", "1e3", "Sun, 01 Mar 2026 12:00:30 GMT", "Sunday, 01-Mar-26 12:00:30 GMT", "Sun Mar  1 12:00:30 2026",
 		"2026-03-01T12:00:30.5+01:00", "2026-03-01T12:00:60Z", "1772366430", "1772366430000", "5, Sun, 01 Mar 2026 12:00:30 GMT", ",", "",
+		"120 seconds", "1h30m", "+120", `"120"`, "1,000", "@1772366430", "Sun, 1 Mar 26 12:00:30 -0000", "2026-03-01 12:00:30 +0000 UTC", "Sun Mar  1 12:00:30 UTC 2026",
+		"Sun Mar 01 2026 12:00:30 GMT+0000 (Coordinated Universal Time)", "2026-03-01T12:00:30.5", "Sunday, 01-Mar-2026 12:00:30 UTC",
 		`"default";r=0;t=30`, "limit=1, remaining=0, reset=5", `"a;\",b";r=0;t=1`, "99999999999999999999.99999",
 	} {
 		f.Add(s, "Sun, 01 Mar 2026 12:00:00 GMT", noon.Unix())
@@ -29,16 +31,45 @@ func FuzzRetryAfter(f *testing.F) {
 		}
 		d, ok := c.wait(s)
 		check("wait", d, ok)
-		d, ok = c.reset(s)
-		check("reset", d, ok)
+		d, ok = c.in(time.Millisecond, s)
+		check("in ms", d, ok)
+		if raw, err := json.Marshal(s); err == nil {
+			d, ok = c.value(time.Second, raw)
+			check("value", d, ok)
+		}
 		for _, refused := range []bool{true, false} {
-			d, ok = parseRateLimit(s, refused)
+			d, ok = parseRateLimit(s, c, refused)
 			check("parseRateLimit", d, ok)
 		}
 		d, ok = parseDecimal(s, time.Second)
 		check("parseDecimal", d, ok)
 		d, ok = parseNumber(s, time.Millisecond)
 		check("parseNumber", d, ok)
+	})
+}
+
+// FuzzDate compares with package time: what it reads in the standard forms is read alike.
+func FuzzDate(f *testing.F) {
+	for _, s := range []string{
+		"Sun, 01 Mar 2026 12:00:30 GMT", "Sunday, 01-Mar-26 12:00:30 GMT", "Sun Mar  1 12:00:30 2026", "2026-03-01T12:00:30.5+01:00", "2026-02-29T00:00:00Z",
+	} {
+		f.Add(s, noon.Unix())
+	}
+	f.Fuzz(func(t *testing.T, s string, unix int64) {
+		now := time.Unix(unix%1e11, 0)
+		got, ok := parseDate(s, now)
+		if ok && (got.Year() < -1 || got.Year() > 10000) {
+			t.Fatalf("%q: %v", s, got)
+		}
+		for _, layout := range []string{"Mon, 02 Jan 2006 15:04:05 GMT", time.ANSIC, time.RFC3339} {
+			want, err := time.Parse(layout, s)
+			if err != nil || len(s) > 100 || layout == time.RFC3339 && (strings.ContainsAny(s, "\t,") || s[13] != ':') {
+				continue // RFC 3339 itself is stricter
+			}
+			if !ok || !got.Equal(want) {
+				t.Fatalf("%q as %s: %v, %v, want %v", s, layout, got, ok, want)
+			}
+		}
 	})
 }
 

@@ -30,12 +30,16 @@ func profileOf(t testing.TB, name string) *Profile {
 	return p
 }
 
-// summary is class, scope, "retry" or "final", and what else there is.
+// summary is class, scope and the wider one that is suspected, "retry" or "final", and what else there is.
 func summary(f Failure, failed bool) string {
 	if !failed {
 		return "success"
 	}
-	s := fmt.Sprintf("%s %s %s", f.Class, f.Scope, map[bool]string{true: "retry", false: "final"}[f.Retryable])
+	scope := string(f.Scope)
+	if f.Suspect != "" {
+		scope += "?" + string(f.Suspect)
+	}
+	s := fmt.Sprintf("%s %s %s", f.Class, scope, map[bool]string{true: "retry", false: "final"}[f.Retryable])
 	if f.RetryAfterKnown {
 		s += " after " + f.RetryAfter.String()
 	}
@@ -68,13 +72,14 @@ func TestGolden(t *testing.T) {
 		"ofapi": {
 			{status: 400, want: "VALIDATION request final"},
 			{status: 422, want: "VALIDATION request final"},
-			{status: 401, want: "UNAUTHORIZED account final"},
+			{status: 401, want: "UNAUTHORIZED creator?account final"},
+			{status: 402, want: "BILLING account final"},
 			{status: 403, want: "FORBIDDEN request final"},
 			{status: 404, want: "NOT_FOUND request final"},
 			{status: 410, want: "GONE request final"},
-			{status: 429, want: "RATE_LIMIT creator retry after 1m0s"},
-			{status: 429, headers: retryAfter("7"), want: "RATE_LIMIT creator retry after 7s"},
-			{status: 429, headers: retryAfter("0"), want: "RATE_LIMIT creator retry after 0s"},
+			{status: 429, want: "RATE_LIMIT creator?account retry after 1m0s"},
+			{status: 429, headers: retryAfter("7"), want: "RATE_LIMIT creator?account retry after 7s"},
+			{status: 429, headers: retryAfter("0"), want: "RATE_LIMIT creator?account retry after 0s"},
 			{status: 500, want: "SERVER_ERROR request retry"},
 			{status: 502, want: "SERVER_ERROR provider retry"},
 			{status: 503, want: "SERVER_ERROR provider retry"},
@@ -86,7 +91,6 @@ func TestGolden(t *testing.T) {
 			{status: -1, want: "UNKNOWN request retry"},
 			{status: 101, want: "UNKNOWN request retry"},
 			{status: 302, want: "UNKNOWN request retry"},
-			{status: 402, want: "UNKNOWN request retry"},
 			{status: 408, want: "UNKNOWN request retry"},
 			{status: 409, want: "UNKNOWN request retry"},
 			{status: 418, want: "UNKNOWN request retry"},
@@ -107,8 +111,8 @@ func TestGolden(t *testing.T) {
 			{status: 422, body: `{"code":"VALIDATION_INVALID_FORMAT","details":{"field":"date"}}`, want: "VALIDATION request final code=VALIDATION_INVALID_FORMAT field=date"},
 			{status: 422, body: `{"code":"VALIDATION_INVALID_VALUE","details":{"field":"limit"}}`, want: "VALIDATION request final code=VALIDATION_INVALID_VALUE field=limit"},
 			{status: 422, body: `{"code":"VALIDATION_FIELD_TOO_LONG","details":{"field":"text"}}`, want: "VALIDATION request final code=VALIDATION_FIELD_TOO_LONG field=text"},
-			{status: 429, body: code("RATE_LIMIT_EXCEEDED"), want: "RATE_LIMIT creator retry after 1m0s code=RATE_LIMIT_EXCEEDED"},
-			{status: 429, body: code("RATE_LIMIT_EXCEEDED"), headers: []string{"X-RateLimit-Retry-After: 12"}, want: "RATE_LIMIT creator retry after 12s code=RATE_LIMIT_EXCEEDED"},
+			{status: 429, body: code("RATE_LIMIT_EXCEEDED"), want: "RATE_LIMIT creator?account retry after 1m0s code=RATE_LIMIT_EXCEEDED"},
+			{status: 429, body: code("RATE_LIMIT_EXCEEDED"), headers: []string{"X-RateLimit-Retry-After: 12"}, want: "RATE_LIMIT creator?account retry after 12s code=RATE_LIMIT_EXCEEDED"},
 			{status: 429, body: code("RATE_LIMIT_QUOTA_EXCEEDED"), want: "QUOTA_EXCEEDED account final code=RATE_LIMIT_QUOTA_EXCEEDED"},
 			{status: 429, body: code("RATE_LIMIT_QUOTA_EXCEEDED"), headers: []string{"X-RateLimit-Retry-After: 3600"}, want: "QUOTA_EXCEEDED account final after 1h0m0s code=RATE_LIMIT_QUOTA_EXCEEDED"},
 			{status: 400, body: code("CONNECTION_INVALID_STATE"), want: "VALIDATION request final code=CONNECTION_INVALID_STATE"},
@@ -121,20 +125,21 @@ func TestGolden(t *testing.T) {
 			{status: 503, body: code("RULES_UNAVAILABLE"), want: "SERVER_ERROR provider retry code=RULES_UNAVAILABLE"},
 			{status: 401, body: code("RULES_INVALID_SIGNATURE"), want: "UNAUTHORIZED request final code=RULES_INVALID_SIGNATURE"},
 			{status: 500, body: code("NEW_CODE"), want: "SERVER_ERROR request retry code=NEW_CODE"},
-			{status: 401, want: "UNAUTHORIZED account final"},
+			{status: 401, want: "UNAUTHORIZED creator?account final"},
+			{status: 401, body: code("AUTH_NEW"), want: "UNAUTHORIZED creator?account final code=AUTH_NEW"},
 			{status: 200, body: code("AUTH_INVALID_KEY"), want: "success"},
 		},
 		"ofauth": {
 			{status: 401, body: kind("UNAUTHORIZED"), want: "UNAUTHORIZED account final code=UNAUTHORIZED id=req_1"},
-			{status: 401, body: kind("SESSION_NOT_PROVIDED"), want: "SESSION_EXPIRED creator final code=SESSION_NOT_PROVIDED id=req_1"},
-			{status: 401, body: kind("SESSION_EXPIRED"), want: "SESSION_EXPIRED creator final code=SESSION_EXPIRED id=req_1"},
+			{status: 401, body: kind("SESSION_NOT_PROVIDED"), want: "SESSION_EXPIRED creator final code=SESSION_NOT_PROVIDED action=relink_connection id=req_1"},
+			{status: 401, body: kind("SESSION_EXPIRED"), want: "SESSION_EXPIRED creator final code=SESSION_EXPIRED action=relink_connection id=req_1"},
 			{status: 403, body: kind("FORBIDDEN"), want: "FORBIDDEN request final code=FORBIDDEN id=req_1"},
 			{status: 401, body: kind("RULES_OUTDATED"), want: "RULES_OUTDATED request retry code=RULES_OUTDATED id=req_1"},
 			{status: 400, body: kind("BAD_REQUEST"), want: "VALIDATION request final code=BAD_REQUEST id=req_1"},
 			{status: 404, body: kind("RESOURCE_NOT_FOUND"), want: "NOT_FOUND request final code=RESOURCE_NOT_FOUND id=req_1"},
 			{status: 404, body: kind("ROUTE_NOT_FOUND"), want: "NOT_FOUND request final code=ROUTE_NOT_FOUND id=req_1"},
-			{status: 429, body: kind("RATE_LIMIT_EXCEEDED"), want: "RATE_LIMIT creator retry after 1m0s code=RATE_LIMIT_EXCEEDED id=req_1"},
-			{status: 429, body: kind("RATE_LIMIT_EXCEEDED"), headers: retryAfter("30"), want: "RATE_LIMIT creator retry after 30s code=RATE_LIMIT_EXCEEDED id=req_1"},
+			{status: 429, body: kind("RATE_LIMIT_EXCEEDED"), want: "RATE_LIMIT creator?account retry after 1m0s code=RATE_LIMIT_EXCEEDED id=req_1"},
+			{status: 429, body: kind("RATE_LIMIT_EXCEEDED"), headers: retryAfter("30"), want: "RATE_LIMIT creator?account retry after 30s code=RATE_LIMIT_EXCEEDED id=req_1"},
 			{status: 502, body: kind("UPLOAD_ERROR"), want: "UPSTREAM_ERROR provider retry code=UPLOAD_ERROR id=req_1"},
 			{status: 500, body: kind("UNKNOWN_ERROR"), want: "SERVER_ERROR request retry code=UNKNOWN_ERROR id=req_1"},
 			{status: 503, body: kind("UNKNOWN_ERROR"), want: "SERVER_ERROR provider retry code=UNKNOWN_ERROR id=req_1"},
@@ -146,7 +151,7 @@ func TestGolden(t *testing.T) {
 			{status: 500, body: `{"type":"UNKNOWN_ERROR","actionRequired":"try_again"}`, want: "SERVER_ERROR request retry code=UNKNOWN_ERROR action=try_again"},
 			{status: 401, body: `{"type":"SESSION_EXPIRED","actionRequired":"refresh_session"}`, want: "SESSION_EXPIRED creator final code=SESSION_EXPIRED action=refresh_session"},
 			{status: 403, body: kind("SOMETHING_NEW"), want: "FORBIDDEN request final code=SOMETHING_NEW id=req_1"},
-			{status: 403, body: kind("session_expired"), want: "FORBIDDEN request final code=session_expired id=req_1"},
+			{status: 403, body: kind("session_expired"), want: "SESSION_EXPIRED creator final code=session_expired action=relink_connection id=req_1"},
 		},
 		"fanfare": {
 			{status: 400, body: `{"error":"Validation failed","details":[{"field":"email","message":"Invalid"},{"field":"capacity","message":"Positive"}]}`, want: "VALIDATION request final field=email"},
@@ -156,26 +161,27 @@ func TestGolden(t *testing.T) {
 			{status: 401, body: `{"error":"Authentication required"}`, want: "UNAUTHORIZED account final refresh"},
 			{status: 401, body: `{"error":"Secret key required"}`, want: "UNAUTHORIZED account final"},
 			{status: 401, body: `{"error":"invalid refresh token"}`, want: "UNAUTHORIZED account final"},
-			{status: 401, body: `{"error":"otp_expired"}`, want: "UNAUTHORIZED account final code=otp_expired"},
-			{status: 401, body: `{"error":"x","code":"otp_invalid"}`, want: "UNAUTHORIZED account final code=otp_invalid"},
+			{status: 401, body: `{"error":"otp_expired"}`, want: "UNAUTHORIZED request final code=otp_expired"},
+			{status: 401, body: `{"error":"x","code":"otp_invalid"}`, want: "UNAUTHORIZED request final code=otp_invalid"},
 			{status: 403, body: `{"error":"Forbidden"}`, want: "FORBIDDEN request final"},
 			{status: 404, headers: []string{"X-Request-Id: abc"}, want: "NOT_FOUND request final id=abc"},
 			{status: 409, want: "CONFLICT request final"},
 			{status: 413, want: "PAYLOAD_TOO_LARGE request final"},
 			{status: 423, want: "LOCKED request retry"},
 			{status: 423, headers: retryAfter("2026-03-01T12:05:00Z"), want: "LOCKED request retry after 5m0s"},
-			{status: 429, body: `{"error":"Queue is full"}`, want: "RATE_LIMIT creator retry after 1m0s"},
-			{status: 429, body: `{"error":"x","retryAfter":45}`, want: "RATE_LIMIT creator retry after 45s"},
-			{status: 429, body: `{"error":"x","retryAfter":45}`, headers: retryAfter("50"), want: "RATE_LIMIT creator retry after 50s"},
-			{status: 429, headers: []string{"X-RateLimit-Remaining: 0", "X-RateLimit-Reset: 1772366490"}, want: "RATE_LIMIT creator retry after 1m30s"},
-			{status: 429, headers: []string{"X-RateLimit-Reset: 90"}, want: "RATE_LIMIT creator retry after 1m30s"},
-			{status: 429, headers: []string{"X-RateLimit-Remaining: 3", "X-RateLimit-Reset: 90"}, want: "RATE_LIMIT creator retry after 1m0s"},
+			{status: 429, body: `{"error":"Queue is full"}`, want: "RATE_LIMIT creator?account retry after 1m0s"},
+			{status: 429, body: `{"error":"x","retryAfter":45}`, want: "RATE_LIMIT creator?account retry after 45s"},
+			{status: 429, body: `{"error":"x","retryAfter":45}`, headers: retryAfter("50"), want: "RATE_LIMIT creator?account retry after 50s"},
+			{status: 429, headers: []string{"X-RateLimit-Remaining: 0", "X-RateLimit-Reset: 1772366490"}, want: "RATE_LIMIT creator?account retry after 1m30s"},
+			{status: 429, headers: []string{"X-RateLimit-Reset: 90"}, want: "RATE_LIMIT creator?account retry after 1m30s"},
+			{status: 429, headers: []string{"X-RateLimit-Remaining: 3", "X-RateLimit-Reset: 90"}, want: "RATE_LIMIT creator?account retry after 1m0s"},
 			{status: 500, want: "SERVER_ERROR request retry"},
 			{status: 503, want: "SERVER_ERROR provider retry"},
-			{status: 200, body: `{"status":"DENIED","denyReason":"limit"}`, want: "DENIED request final"},
-			{status: 403, body: `{"status":"DENIED","denyReason":"limit"}`, want: "DENIED request final"},
+			{status: 200, body: `{"status":"DENIED","denyReason":"limit"}`, want: "DENIED request final code=limit"},
+			{status: 403, body: `{"status":"DENIED","denyReason":"limit"}`, want: "DENIED request final code=limit"},
 			{status: 503, body: `{"denyReason":null, "status" : "\u0044ENIED"}`, want: "DENIED request final"},
 			{status: 200, body: `{"denyReason":null, "status" : "\u0044ENIED"}`, want: "DENIED request final"},
+			{status: 200, body: `{"status":"Denied","denyReason":"Limit reached"}`, want: "DENIED request final code=Limit reached"},
 			{status: 200, body: `{"status":"ADMITTED","note":"not DENIED"}`, want: "success"},
 			{status: 200, body: `[{"status":"DENIED"}]`, want: "success"},
 			{status: 200, body: `{"status":"DENIED"`, want: "success"},
@@ -187,12 +193,12 @@ func TestGolden(t *testing.T) {
 			{status: 403, want: "FORBIDDEN request final"},
 			{status: 404, want: "NOT_FOUND request final"},
 			{status: 406, want: "NOT_ACCEPTABLE request final"},
-			{status: 429, want: "RATE_LIMIT creator retry after 1m0s"},
+			{status: 429, want: "RATE_LIMIT creator?account retry after 1m0s"},
 			{status: 429, headers: []string{"X-Concurrent-Threads: 5", "X-Concurrent-Threads-Active: 5"}, want: "CONCURRENCY_LIMIT request retry after 1m0s"},
 			{status: 429, headers: []string{"X-Concurrent-Threads: 5", "X-Concurrent-Threads-Active: 6", "Retry-After: 2"}, want: "CONCURRENCY_LIMIT request retry after 2s"},
-			{status: 429, headers: []string{"X-Concurrent-Threads: 5", "X-Concurrent-Threads-Active: 4"}, want: "RATE_LIMIT creator retry after 1m0s"},
-			{status: 429, headers: []string{"X-Concurrent-Threads: 5"}, want: "RATE_LIMIT creator retry after 1m0s"},
-			{status: 429, headers: []string{"X-Concurrent-Threads: five", "X-Concurrent-Threads-Active: 5"}, want: "RATE_LIMIT creator retry after 1m0s"},
+			{status: 429, headers: []string{"X-Concurrent-Threads: 5", "X-Concurrent-Threads-Active: 4"}, want: "RATE_LIMIT creator?account retry after 1m0s"},
+			{status: 429, headers: []string{"X-Concurrent-Threads: 5"}, want: "RATE_LIMIT creator?account retry after 1m0s"},
+			{status: 429, headers: []string{"X-Concurrent-Threads: five", "X-Concurrent-Threads-Active: 5"}, want: "RATE_LIMIT creator?account retry after 1m0s"},
 			{status: 500, want: "SERVER_ERROR request retry"},
 			{status: 502, want: "SERVER_ERROR provider retry"},
 			{status: 503, want: "SERVER_ERROR provider retry"},
@@ -204,7 +210,7 @@ func TestGolden(t *testing.T) {
 			{status: 408, want: "UNKNOWN request final"},
 			{status: 410, want: "UNKNOWN request final"},
 			{status: 418, want: "UNKNOWN request final"},
-			{status: 422, want: "UNKNOWN request final"},
+			{status: 422, want: "VALIDATION request final"},
 			{status: 423, want: "UNKNOWN request final"},
 			{status: 999, want: "UNKNOWN request final"},
 		},
@@ -214,7 +220,7 @@ func TestGolden(t *testing.T) {
 			{status: 304, want: "INVALID_RESPONSE request final"},
 			{status: 308, headers: []string{"Location: /"}, want: "INVALID_RESPONSE request final"},
 			{status: 400, want: "VALIDATION request final"},
-			{status: 401, want: "UNAUTHORIZED account final"},
+			{status: 401, want: "UNAUTHORIZED creator?account final"},
 			{status: 402, want: "BILLING account final"},
 			{status: 403, want: "FORBIDDEN request final"},
 			{status: 404, want: "NOT_FOUND request final"},
@@ -231,7 +237,7 @@ func TestGolden(t *testing.T) {
 			{status: 422, want: "VALIDATION request final"},
 			{status: 423, want: "LOCKED request retry"},
 			{status: 425, want: "UNKNOWN request retry"},
-			{status: 429, want: "RATE_LIMIT creator retry after 1m0s"},
+			{status: 429, want: "RATE_LIMIT creator?account retry after 1m0s"},
 			{status: 451, want: "FORBIDDEN request final"},
 			{status: 499, want: "VALIDATION request final"},
 			{status: 500, want: "SERVER_ERROR request retry"},
@@ -248,11 +254,11 @@ func TestGolden(t *testing.T) {
 			{status: 503, body: `{"type":"about:blank","code":"down","retryable":false}`, want: "SERVER_ERROR provider final code=down"},
 			{status: 409, body: `{"code":"busy","retryable":true,"retryAfterSec":2.5}`, want: "CONFLICT request retry after 2.5s code=busy"},
 			{status: 409, body: `{"code":"busy","retryable":"true"}`, want: "CONFLICT request final code=busy"},
-			{status: 429, body: `{"retryAfterSec":30}`, want: "RATE_LIMIT creator retry after 30s"},
-			{status: 429, body: `{"retryAfterSec":"30"}`, want: "RATE_LIMIT creator retry after 30s"},
-			{status: 429, body: `{"retryAfterSec":-30}`, want: "RATE_LIMIT creator retry after 1m0s"},
-			{status: 429, body: `{"retryAfterSec":1e400}`, want: "RATE_LIMIT creator retry after 2562047h47m16.854775807s"},
-			{status: 429, body: `{"retryable":false}`, want: "RATE_LIMIT creator final after 1m0s"},
+			{status: 429, body: `{"retryAfterSec":30}`, want: "RATE_LIMIT creator?account retry after 30s"},
+			{status: 429, body: `{"retryAfterSec":"30"}`, want: "RATE_LIMIT creator?account retry after 30s"},
+			{status: 429, body: `{"retryAfterSec":-30}`, want: "RATE_LIMIT creator?account retry after 1m0s"},
+			{status: 429, body: `{"retryAfterSec":1e400}`, want: "RATE_LIMIT creator?account retry after 2562047h47m16.854775807s"},
+			{status: 429, body: `{"retryable":false}`, want: "RATE_LIMIT creator?account final after 1m0s"},
 			{status: 400, body: `{"code":17}`, want: "VALIDATION request final"},
 			{status: 404, headers: retryAfter("120"), want: "NOT_FOUND request final after 2m0s"},
 		},
@@ -275,8 +281,8 @@ func TestUnreadableBody(t *testing.T) {
 		"", " ", "null", "true", "42", `"SESSION_EXPIRED"`, "[]", `[{"type":"SESSION_EXPIRED"}]`, "{", "{}",
 		`{"type":"SESSION_EXPIRED"`, `{"type":"SESSION_EXPIRED"}}`, `{"type":"SESSION_EXPIRED"} {}`,
 		`{'type':'SESSION_EXPIRED'}`, `{"type":SESSION_EXPIRED}`, `{"type":"SESSION_EXPIRED",}`, "type=SESSION_EXPIRED",
-		`{"type":null}`, `{"type":1}`, `{"type":["SESSION_EXPIRED"]}`, `{"type":{"type":"SESSION_EXPIRED"}}`, `{"type":""}`,
-		`{"Type":"SESSION_EXPIRED"}`, `{"error":{"type":"SESSION_EXPIRED"}}`, "\x00\x00", "\xff\xfe{", "<html></html>",
+		`{"type":null}`, `{"type":1}`, `{"type":["SESSION_EXPIRED"]}`, `{"type":""}`, `{"message":"SESSION_EXPIRED"}`,
+		`{"kid":"SESSION_EXPIRED"}`, `{"a":{"b":{"c":{"type":"SESSION_EXPIRED"}}}}`, "\x00\x00", "\xff\xfe{", "<html></html>",
 		strings.Repeat("[", 100_000), strings.Repeat(`{"type":`, 100_000),
 	} {
 		f, failed := profileOf(t, "ofauth").Classify(Answer{Status: 403, Body: []byte(body)}, noon)
@@ -287,7 +293,7 @@ func TestUnreadableBody(t *testing.T) {
 }
 
 func TestBodyForms(t *testing.T) {
-	const want = "SESSION_EXPIRED creator final code=SESSION_EXPIRED"
+	const want = "SESSION_EXPIRED creator final code=SESSION_EXPIRED action=relink_connection"
 	for _, body := range []string{
 		`{"type":"SESSION_EXPIRED"}`, " \r\n\t{ \"type\" : \"SESSION_EXPIRED\" }\n", "\xef\xbb\xbf{\"type\":\"SESSION_EXPIRED\"}",
 		`{"type":"\u0053ESSION_EXPIRED"}`, `{"\u0074ype":"SESSION_EXPIRED"}`, `{"type":"FORBIDDEN","type":"SESSION_EXPIRED"}`,

@@ -77,24 +77,14 @@ func (p *Profile) readRetryAfter(class Class, c *call, clk clock) (time.Duration
 		}
 	}
 	for _, v := range c.header[retryAfterMillisHeader] {
-		note(parseDecimal(strings.TrimSpace(v), time.Millisecond))
+		note(clk.in(time.Millisecond, v))
 	}
 	if c.body != nil {
 		for _, at := range p.retryAfter {
-			raw := c.body.find(at)
-			if n := number(raw); n != "" {
-				note(parseNumber(n, time.Second))
-			} else {
-				note(clk.wait(text(raw, maxID)))
-			}
+			note(clk.value(time.Second, c.body.find(at)))
 		}
 		for _, at := range p.retryAfterMillis {
-			raw := c.body.find(at)
-			if n := number(raw); n != "" {
-				note(parseNumber(n, time.Millisecond))
-			} else {
-				note(parseDecimal(strings.TrimSpace(text(raw, maxID)), time.Millisecond))
-			}
+			note(clk.value(time.Millisecond, c.body.find(at)))
 		}
 	}
 	// A window's end is when to call again only if the window is the trouble.
@@ -125,13 +115,13 @@ func (p *Profile) exhausted(h http.Header, clk clock, refused bool) (time.Durati
 			continue
 		}
 		for _, v := range resets {
-			if d, ok := clk.reset(v); ok {
+			if d, ok := clk.wait(v); ok {
 				longest, known = max(longest, d), true
 			}
 		}
 	}
 	for _, v := range h["Ratelimit"] {
-		if d, ok := parseRateLimit(v, refused); ok {
+		if d, ok := parseRateLimit(v, clk, refused); ok {
 			longest, known = max(longest, d), true
 		}
 	}
@@ -157,7 +147,7 @@ func spent(values []string, refused bool) bool {
 // what remains, and t, the seconds until it is more) and in that of the drafts
 // before 08 (limit=100, remaining=0, reset=30). It returns the longest wait for
 // a policy with nothing left.
-func parseRateLimit(s string, refused bool) (time.Duration, bool) {
+func parseRateLimit(s string, clk clock, refused bool) (time.Duration, bool) {
 	var longest time.Duration
 	known := false
 	var old quota
@@ -184,11 +174,11 @@ func parseRateLimit(s string, refused bool) (time.Duration, bool) {
 				old.reset = value
 			}
 		}
-		if d, ok := q.wait(refused); ok {
+		if d, ok := q.wait(clk, refused); ok {
 			longest, known = max(longest, d), true
 		}
 	}
-	if d, ok := old.wait(refused); ok {
+	if d, ok := old.wait(clk, refused); ok {
 		longest, known = max(longest, d), true
 	}
 	return longest, known
@@ -199,11 +189,11 @@ type quota struct {
 	reset     string
 }
 
-func (q quota) wait(refused bool) (time.Duration, bool) {
+func (q quota) wait(clk clock, refused bool) (time.Duration, bool) {
 	if !spent(q.remaining, refused) {
 		return 0, false
 	}
-	return parseDecimal(q.reset, time.Second)
+	return clk.wait(q.reset)
 }
 
 // cutUnquoted cuts s at the first sep outside a quoted string.

@@ -74,6 +74,7 @@ func (f *ruleFile) compile(filename string, p *Profile) (*rule, error) {
 		codes: f.Code, statuses: statuses(f.Status), errors: f.Error, body: f.Body, headers: f.Headers,
 		slots: f.Concurrency != "",
 		class: Class(f.Class), scope: Scope(f.Scope), action: clip(string(f.Action), maxID), refresh: f.Refresh.value,
+		done: Done(f.Done), codeFrom: places(f.CodeFrom),
 	}
 	switch {
 	case r.class == "":

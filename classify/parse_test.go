@@ -66,12 +66,12 @@ func TestOwnProfile(t *testing.T) {
 	for _, g := range []golden{
 		{status: 200, body: `{"ok":true,"error":null}`, want: "success"},
 		{status: 200, body: `{"ok":false}`, want: "INVALID_RESPONSE request final"},
-		{status: 200, body: `{"ok":false,"error":{"code":88,"wait":3}}`, want: "RATE_LIMIT creator retry after 3s code=88"},
-		{status: 200, body: `{"error":{"code":"TOO_FAST","wait_ms":250}}`, want: "RATE_LIMIT creator retry after 250ms code=TOO_FAST"},
+		{status: 200, body: `{"ok":false,"error":{"code":88,"wait":3}}`, want: "RATE_LIMIT creator?account retry after 3s code=88"},
+		{status: 200, body: `{"error":{"code":"TOO_FAST","wait_ms":250}}`, want: "RATE_LIMIT creator?account retry after 250ms code=TOO_FAST"},
 		{status: 200, body: `{"error":{"code":"TOKEN_OLD"}}`, want: "success"},
 		{status: 400, body: `{"error":{"code":"TOKEN_OLD"}}`, want: "UNAUTHORIZED account final code=TOKEN_OLD refresh"},
 		{status: 400, body: `{"error":{"code":89}}`, want: "VALIDATION request final"},
-		{status: 400, body: `{"error_code":"TOO_FAST"}`, want: "RATE_LIMIT creator retry after 1m0s code=TOO_FAST"},
+		{status: 400, body: `{"error_code":"TOO_FAST"}`, want: "RATE_LIMIT creator?account retry after 1m0s code=TOO_FAST"},
 		{status: 400, body: `{"error_code":"OTHER"}`, want: "VALIDATION request final"},
 		{status: 400, body: `{"error":{"code":"AUTH_NO_KEY"}}`, want: "UNAUTHORIZED account final code=AUTH_NO_KEY"},
 		{status: 500, body: `{"error":{"code":"LOGIN_AGAIN"},"meta":{"trace":"t1"}}`, want: "SESSION_EXPIRED creator final code=LOGIN_AGAIN action=log_in_again id=t1"},
@@ -129,7 +129,7 @@ func TestWrongProfiles(t *testing.T) {
 		"unknown key":       {"nmae: a", `w.yaml:1:1: unknown key "nmae"; a profile has name,`},
 		"unknown in body":   {"body:\n  cod: x", `w.yaml:2:3: unknown key "cod"; body has code, message, request_id, action, field, retryable, retry_after, retry_after_ms`},
 		"unknown in header": {"headers:\n  remain: x", `w.yaml:2:3: unknown key "remain"; headers has request_id, retry_after, remaining, reset,`},
-		"unknown in rule":   {"rules:\n  - stauts: 4", `w.yaml:2:5: unknown key "stauts"; a rule has code, status, error, body, headers, concurrency, class, scope, action, retryable, refresh, note`},
+		"unknown in rule":   {"rules:\n  - stauts: 4", `w.yaml:2:5: unknown key "stauts"; a rule has code, status, error, body, headers, concurrency, class, scope, action, retryable, refresh, done, code_from, note`},
 		"body":              {"body: x", "w.yaml:1:7: body is a mapping"},
 		"rules":             {"rules: {status: 4}", "rules is a list"},
 		"a rule":            {"rules: [GONE]", "w.yaml:1:9: a rule is a mapping"},
@@ -147,7 +147,7 @@ func TestWrongProfiles(t *testing.T) {
 		"null":              {"rules: [{class: GONE, status: null}]", "w.yaml:1:23: status has no value; leave it out, or write one"},
 		"no value":          {"rules:\n- status:\n  class: GONE", "w.yaml:2:3: status has no value"},
 		"not a text":        {"rules: [{class: [GONE]}]", "a text, a number, true or false is expected here, not sequence"},
-		"error":             {"rules: [{class: GONE, error: tiemout}]", `unknown error "tiemout"; there are timeout, refused, reset, broken_pipe, eof, dns, unreachable, tls, other`},
+		"error":             {"rules: [{class: GONE, error: tiemout}]", `unknown error "tiemout"; there are timeout, connect_timeout, read_timeout, refused, reset, broken_pipe, eof, dns, unreachable, tls, invalid, local, other`},
 		"error and status":  {"rules: [{class: GONE, error: dns, status: 404}]", "it goes with no other condition"},
 		"flag":              {"rules: [{class: GONE, retryable: maybe}]", "true or false is expected here"},
 		"alias":             {"name: &a x\nrules: [{class: *a}]", "anchors, aliases and tags are not supported"},
@@ -203,7 +203,7 @@ func TestDocumented(t *testing.T) {
 	for _, s := range scopes {
 		words = append(words, string(s))
 	}
-	for _, e := range transports {
+	for _, e := range causes {
 		words = append(words, string(e))
 	}
 	for _, w := range words {

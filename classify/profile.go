@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Profile is what is known of one provider: where its answers say what went
+// Profile is the knowledge of one provider: where its answers say what went
 // wrong, and what that means. It is read-only and safe for concurrent use.
 type Profile struct {
 	name          string
@@ -104,7 +104,11 @@ func (p *Profile) NotFoundEmpty() bool { return p.notFoundEmpty }
 // assumedWait is how long a rate limit lasts that does not say so.
 const assumedWait = time.Minute
 
-var truncated = &rule{class: InvalidResponse, name: "the answer is larger than allowed and was cut off"}
+// Rules for answers that the rules of profiles do not see.
+var (
+	truncated  = &rule{class: InvalidResponse, name: "the answer is larger than allowed and was cut off"}
+	unexpected = &rule{class: InvalidResponse, name: "the answer is not what the operation expects"}
+)
 
 // Classify says what an answer means; failed is false for a success, of which
 // only the RequestID is filled in. The body's code decides before the status,
@@ -114,30 +118,35 @@ func (p *Profile) Classify(a Answer, now time.Time) (f Failure, failed bool) {
 	if c.success && a.Err != nil {
 		c.status, c.success = 0, false
 	}
-	if c.success && !a.Truncated && !p.mayFail(a.Status, a.Body) {
+	wrong := c.success && (a.Truncated || a.Unexpected != "")
+	if c.success && !wrong && !p.mayFail(a.Status, a.Body) {
 		return Failure{RequestID: first(c.header, p.requestIDHeader)}, false
 	}
 	if c.status == 0 {
-		c.transport = transportOf(a.Err)
+		c.cause = a.Cause()
 	}
 	if !a.Truncated {
 		c.body = readObject(a.Body)
 	}
 	if c.body != nil {
-		c.code = p.readCode(c.body)
+		c.code = p.readCode(c.body, !c.success)
+		c.folded = fold(c.code)
 	}
 	if p.concurrencyLimit != "" {
 		limit, active := p.slots(c.header)
 		c.slots = limit > 0 && active >= limit
 	}
 	r := p.match(&c)
-	if r == nil && c.success && a.Truncated {
+	switch {
+	case r != nil:
+	case c.success && a.Truncated:
 		r = truncated
-	}
-	if r == nil {
+	case wrong:
+		r = unexpected
+	default:
 		return Failure{RequestID: p.readRequestID(&c)}, false
 	}
-	return p.failure(r, &c, a.Status, clock{now, a.Header}), true
+	return p.failure(r, &c, a, clock{now, a.Header}), true
 }
 
 // mayFail is a cheap look whether a success can be a failure by its body.
@@ -147,7 +156,7 @@ func (p *Profile) mayFail(status int, body []byte) bool {
 	})
 }
 
-// match returns the first rule that c meets: of the profile, else of the base,
+// match returns the first rule that c meets: of the profile, otherwise of the base,
 // which knows every failure. It returns nil for a success.
 func (p *Profile) match(c *call) *rule {
 	if c.success {
@@ -168,38 +177,86 @@ func firstMatch(rules []*rule, c *call) *rule {
 	return nil
 }
 
-func (p *Profile) failure(r *rule, c *call, status int, clk clock) Failure {
+func (p *Profile) failure(r *rule, c *call, a Answer, clk clock) Failure {
 	f := Failure{
-		Class: r.class, Scope: r.scope, Retryable: r.retryable, Refresh: r.refresh, Rule: r.name,
+		Class: r.class, Retryable: r.retryable, Refresh: r.refresh, Rule: r.name,
 		Code:      c.code,
 		Message:   p.message.text(c.body, maxMessage),
 		RequestID: p.readRequestID(c),
 		Action:    p.action.text(c.body, maxID),
 		Field:     p.field.text(c.body, maxID),
+		Done:      r.certainty(c, a),
+		Alone:     r.alone(c),
+		Cause:     c.cause,
+	}
+	if said := r.codeFrom.text(c.body, maxID); said != "" {
+		f.Code = said
+	}
+	f.Scope, f.Suspect = p.scope(r, c, a)
+	if r.mayBeSession(c) {
+		p.noticeSession(&f, c)
 	}
 	if f.Action == "" {
 		f.Action = r.action
 	}
-	if f.Scope == "" {
-		f.Scope = defaultScope(r.class, status)
+	if f.Action == "" && f.Class == SessionExpired {
+		f.Action = relink
 	}
+	p.wait(&f, c, a, clk)
+	switch {
+	case c.status == 0:
+		f.Detail = a.detail()
+		f.Local = c.cause == CauseLocal
+		f.Retryable = f.Retryable || f.Local
+	case r == unexpected:
+		f.Detail = a.Unexpected
+	}
+	return f
+}
+
+// wait says whether and when f is worth another call.
+func (p *Profile) wait(f *Failure, c *call, a Answer, clk clock) {
 	switch string(p.retryable.raw(c.body)) {
 	case "true":
 		f.Retryable = true
 	case "false":
 		f.Retryable = false
 	}
-	f.RetryAfter, f.RetryAfterKnown = p.readRetryAfter(r.class, c, clk)
-	if !f.RetryAfterKnown && (f.Class == RateLimit || status == http.StatusTooManyRequests && f.Retryable) {
+	f.RetryAfter, f.RetryAfterKnown = p.readRetryAfter(f.Class, c, clk)
+	if !f.RetryAfterKnown && (f.Class == RateLimit || a.Status == http.StatusTooManyRequests && f.Retryable) {
 		f.RetryAfter, f.RetryAfterKnown, f.RetryAfterAssumed = assumedWait, true, true
 	}
-	return f
 }
 
-// defaultScope is whom a failure concerns when its rule does not say so.
+// relink is what a person must do about a session that expired, unless the API
+// says otherwise.
+const relink = "relink_connection"
+
+// scope returns what a failure concerns, and the wider scope that several of its kind
+// would show. A rule's own word counts, and so does a code that a rule names. One
+// creator's 401 or 429 says little about the key.
+func (p *Profile) scope(r *rule, c *call, a Answer) (scope, suspect Scope) {
+	switch {
+	case r.class == Unauthorized && r.bare() && c.status == http.StatusUnauthorized && (r.scope == "" || r.scope == ScopeAccount && p.foreign(c, a)):
+		return ScopeCreator, ScopeAccount
+	case r.scope != "":
+		return r.scope, ""
+	case r.class == RateLimit:
+		return ScopeCreator, ScopeAccount
+	}
+	return defaultScope(r.class, a.Status), ""
+}
+
+// foreign reports whether an answer is not in the form in which the provider answers: a
+// page of something in front of it, or a code that the profile does not know.
+func (p *Profile) foreign(c *call, a Answer) bool {
+	return c.body == nil && len(a.Body) > 0 || c.code != "" && !p.named(c.code)
+}
+
+// defaultScope is what a failure concerns when its rule does not say so.
 func defaultScope(c Class, status int) Scope {
 	switch c {
-	case RateLimit, SessionExpired:
+	case SessionExpired:
 		return ScopeCreator
 	case Billing, QuotaExceeded, Unauthorized:
 		return ScopeAccount
@@ -210,26 +267,35 @@ func defaultScope(c Class, status int) Scope {
 	return ScopeRequest
 }
 
-// readCode returns the provider's code. Where the profile says to look first, any
-// text is one; a number, and what is found elsewhere, only if a rule names it.
-func (p *Profile) readCode(o object) string {
-	for i, at := range p.code {
-		raw := o.find(at)
-		if s := text(raw, maxID); s != "" && (i == 0 || p.named(s)) {
-			return s
-		}
-		if s := number(raw); s != "" && p.named(s) {
-			return s
-		}
+// certainty says whether the API may have done what it was asked.
+func (r *rule) certainty(c *call, a Answer) Done {
+	switch {
+	case r.done != "":
+		return r.done
+	case c.success && r != truncated && r != unexpected:
+		return DoneNo // the answer itself says that it failed
+	case a.Uncertain():
+		return DoneMaybe
 	}
-	return ""
+	return DoneNo
 }
 
-func (p *Profile) named(code string) bool {
-	return slices.ContainsFunc(p.rules, func(r *rule) bool {
-		return slices.ContainsFunc(r.codes, func(c pattern) bool { return c.exactly(code) })
-	})
+// alone reports whether a failure is no evidence about the provider's health.
+func (r *rule) alone(c *call) bool {
+	switch {
+	case r.scope == ScopeProvider:
+		return false
+	case !r.class.Unhealthy(), c.cause == CauseLocal:
+		return true
+	case c.status == 0:
+		return false
+	}
+	return !slices.ContainsFunc(gateways, func(s span) bool { return s.from <= c.status && c.status <= s.to })
 }
+
+// gateways are the statuses by which a gateway, or the provider itself, says that the
+// provider is in trouble: those of RFC 9110, and Cloudflare's.
+var gateways = []span{{502, 504}, {520, 530}, {598, 599}}
 
 func (p *Profile) readRequestID(c *call) string {
 	if id := p.requestID.text(c.body, maxID); id != "" {

@@ -14,7 +14,7 @@ type rule struct {
 	// Conditions. One that is not given is met.
 	codes    []pattern // any of them
 	statuses statuses
-	errors   []transport // any of them
+	errors   []Cause     // any of them
 	body     []condition // all of them
 	headers  []condition
 	slots    bool // the concurrency headers say that all slots are taken
@@ -24,27 +24,30 @@ type rule struct {
 	action    string
 	retryable bool
 	refresh   bool
+	done      Done   // "": by the answer
+	codeFrom  places // where the code of an answer without one is
 
 	name string // for Failure.Rule
 }
 
 // call is one answer, and what has been read from it so far.
 type call struct {
-	status    int  // 0: no answer
-	success   bool // by its status
-	transport transport
-	header    http.Header
-	body      object
-	code      string
-	slots     bool
+	status  int  // 0: no answer
+	success bool // by its status
+	cause   Cause
+	header  http.Header
+	body    object
+	code    string
+	folded  string // code
+	slots   bool
 }
 
 func (r *rule) matches(c *call) bool {
 	if len(r.errors) > 0 {
-		return c.status == 0 && slices.Contains(r.errors, c.transport)
+		return c.status == 0 && slices.ContainsFunc(r.errors, func(e Cause) bool { return e.matches(c.cause) })
 	}
 	return c.status != 0 && r.statuses.contain(c.status) && (!r.slots || c.slots) &&
-		(len(r.codes) == 0 || c.code != "" && matchesAny(r.codes, c.code)) &&
+		(len(r.codes) == 0 || c.code != "" && matchesFolded(r.codes, c.code, c.folded)) &&
 		!slices.ContainsFunc(r.body, func(b condition) bool { return !b.inBody(c.body) }) &&
 		!slices.ContainsFunc(r.headers, func(h condition) bool { return !h.inHeader(c.header) })
 }
@@ -65,7 +68,7 @@ func (r *rule) possible(body []byte) bool {
 
 func mentionsAny(body []byte, patterns []pattern) bool {
 	return slices.ContainsFunc(patterns, func(p pattern) bool {
-		return bytes.Contains(body, p.needle) || bytes.Contains(body, p.escape)
+		return p.exact || bytes.Contains(body, p.escape) || mayContainFolded(body, p.text)
 	})
 }
 
@@ -85,26 +88,33 @@ func (c condition) inHeader(h http.Header) bool {
 	return slices.ContainsFunc(h[c.header], func(v string) bool { return matchesAny(c.values, v) })
 }
 
-// pattern is a text, of which a * at the start or the end stands for anything.
+// pattern is a text, of which a * at the start or the end stands for anything. It is
+// compared as fold makes it, unless that leaves nothing of it.
 type pattern struct {
-	text           string
+	written        string
+	text           string // folded
+	exact          bool
 	anyHead, anyTo bool
-	needle         []byte // text, for bytes.Contains
 	escape         []byte // a body without it has text as it is, if at all
 }
 
 func parsePattern(s string) pattern {
-	p := pattern{text: s}
-	p.text, p.anyTo = strings.CutSuffix(p.text, "*")
-	p.text, p.anyHead = strings.CutPrefix(p.text, "*")
-	p.needle, p.escape = []byte(p.text), []byte(`\u`)
-	if strings.ContainsFunc(p.text, func(r rune) bool { return r < ' ' || r == '"' || r == '\\' || r == '/' }) {
+	p := pattern{written: s, escape: []byte(`\u`)}
+	s, p.anyTo = strings.CutSuffix(s, "*")
+	s, p.anyHead = strings.CutPrefix(s, "*")
+	if p.text = fold(s); p.text == "" {
+		p.text, p.exact = s, s != ""
+	}
+	if strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == '"' || r == '\\' || r == '/' }) {
 		p.escape = []byte(`\`)
 	}
 	return p
 }
 
-func (p pattern) matches(s string) bool {
+func (p pattern) matches(s, folded string) bool {
+	if !p.exact {
+		s = folded
+	}
 	switch {
 	case p.anyHead && p.anyTo:
 		return strings.Contains(s, p.text)
@@ -116,10 +126,12 @@ func (p pattern) matches(s string) bool {
 	return s == p.text
 }
 
-func (p pattern) exactly(s string) bool { return !p.anyHead && !p.anyTo && s == p.text }
+func (p pattern) names(s, folded string) bool { return !p.anyHead && !p.anyTo && p.matches(s, folded) }
 
-func matchesAny(patterns []pattern, s string) bool {
-	return slices.ContainsFunc(patterns, func(p pattern) bool { return p.matches(s) })
+func matchesAny(patterns []pattern, s string) bool { return matchesFolded(patterns, s, fold(s)) }
+
+func matchesFolded(patterns []pattern, s, folded string) bool {
+	return slices.ContainsFunc(patterns, func(p pattern) bool { return p.matches(s, folded) })
 }
 
 // statuses is a set of HTTP statuses; the empty one stands for all but 2xx.
@@ -216,13 +228,7 @@ func (r *rule) describe() string {
 func texts(patterns []pattern) []string {
 	list := make([]string, len(patterns))
 	for i, p := range patterns {
-		list[i] = p.text
-		if p.anyHead {
-			list[i] = "*" + list[i]
-		}
-		if p.anyTo {
-			list[i] += "*"
-		}
+		list[i] = p.written
 	}
 	return list
 }

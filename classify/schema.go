@@ -63,6 +63,8 @@ type (
 		Action    plainText `yaml:"action"`
 		Retryable flag      `yaml:"retryable"`
 		Refresh   flag      `yaml:"refresh"`
+		Done      doneName  `yaml:"done"`
+		CodeFrom  placeList `yaml:"code_from"`
 		Note      plainText `yaml:"note"`
 
 		at *token.Token
@@ -317,7 +319,8 @@ type (
 	placeList   places
 	patternList []pattern
 	statusList  statuses
-	errorList   []transport
+	errorList   []Cause
+	doneName    Done
 
 	bodyConditions   []condition
 	headerConditions []condition
@@ -366,9 +369,14 @@ func (t *scopeName) UnmarshalYAML(node ast.Node) error {
 	return oneOf(node, (*Scope)(t), "scope", scopes...)
 }
 
+func (t *doneName) UnmarshalYAML(node ast.Node) error {
+	return oneOf(node, (*Done)(t), "done", DoneNo, DoneMaybe)
+}
+
 func (t *errorList) UnmarshalYAML(node ast.Node) error {
-	return each(node, (*[]transport)(t), func(s string, at ast.Node) (kind transport, err error) {
-		return kind, oneOf(at, &kind, "error", transports...)
+	return each(node, (*[]Cause)(t), func(_ string, at ast.Node) (cause Cause, err error) {
+		err = oneOf(at, &cause, "error", causes...)
+		return cause, err
 	})
 }
 

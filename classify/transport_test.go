@@ -22,36 +22,36 @@ func TestTransportErrors(t *testing.T) {
 	}
 	for _, c := range []struct {
 		err   error
-		want  transport
+		want  Cause
 		class Class
 		ofapi Class // what ofapi says, if not class
 		final bool  // at apifreaks
 	}{
-		{err: nil, want: noAnswer, class: Unknown, final: true},
-		{err: errors.New("odd"), want: noAnswer, class: Unknown, final: true},
-		{err: context.Canceled, want: noAnswer, class: Unknown, final: true},
-		{err: context.DeadlineExceeded, want: timedOut, class: Timeout},
-		{err: dial(syscall.ETIMEDOUT), want: timedOut, class: Timeout},
-		{err: os.ErrDeadlineExceeded, want: timedOut, class: Timeout},
-		{err: dial(syscall.ECONNREFUSED), want: refused, class: NetworkError},
-		{err: dial(syscall.ECONNRESET), want: reset, class: NetworkError},
-		{err: net.ErrClosed, want: reset, class: NetworkError},
-		{err: errors.New(`http2: server sent GOAWAY and closed the connection; LastStreamID=1, ErrCode=NO_ERROR, debug=""`), want: reset, class: NetworkError},
-		{err: errors.New("http: server closed idle connection"), want: reset, class: NetworkError},
-		{err: dial(syscall.EPIPE), want: brokenPipe, class: NetworkError},
-		{err: io.EOF, want: endOfFile, class: NetworkError},
-		{err: io.ErrUnexpectedEOF, want: endOfFile, class: NetworkError},
-		{err: &net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", Name: "api.invalid", IsNotFound: true}}, want: dns, class: NetworkError},
-		{err: &net.DNSError{Err: "timeout", IsTimeout: true}, want: dns, class: NetworkError},
-		{err: dial(syscall.EHOSTUNREACH), want: unreachable, class: NetworkError},
-		{err: tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, want: tlsFailed, class: NetworkError, ofapi: Unknown},
-		{err: &tls.CertificateVerificationError{Err: errors.New("expired")}, want: tlsFailed, class: NetworkError, ofapi: Unknown},
+		{err: nil, want: CauseOther, class: Unknown, final: true},
+		{err: errors.New("odd"), want: CauseOther, class: Unknown, final: true},
+		{err: context.Canceled, want: CauseOther, class: Unknown, final: true},
+		{err: context.DeadlineExceeded, want: CauseReadTimeout, class: Timeout},
+		{err: dial(syscall.ETIMEDOUT), want: CauseConnectTimeout, class: Timeout},
+		{err: os.ErrDeadlineExceeded, want: CauseReadTimeout, class: Timeout},
+		{err: dial(syscall.ECONNREFUSED), want: CauseRefused, class: NetworkError},
+		{err: dial(syscall.ECONNRESET), want: CauseReset, class: NetworkError},
+		{err: net.ErrClosed, want: CauseReset, class: NetworkError},
+		{err: errors.New(`http2: server sent GOAWAY and closed the connection; LastStreamID=1, ErrCode=NO_ERROR, debug=""`), want: CauseReset, class: NetworkError},
+		{err: errors.New("http: server closed idle connection"), want: CauseReset, class: NetworkError},
+		{err: dial(syscall.EPIPE), want: CauseBrokenPipe, class: NetworkError},
+		{err: io.EOF, want: CauseEOF, class: NetworkError},
+		{err: io.ErrUnexpectedEOF, want: CauseEOF, class: NetworkError},
+		{err: &net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", Name: "api.invalid", IsNotFound: true}}, want: CauseDNS, class: NetworkError},
+		{err: &net.DNSError{Err: "timeout", IsTimeout: true}, want: CauseDNS, class: NetworkError},
+		{err: dial(syscall.EHOSTUNREACH), want: CauseUnreachable, class: NetworkError},
+		{err: tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, want: CauseTLS, class: NetworkError, ofapi: Unknown},
+		{err: &tls.CertificateVerificationError{Err: errors.New("expired")}, want: CauseTLS, class: NetworkError, ofapi: Unknown},
 	} {
 		err := c.err
 		if err != nil {
 			err = fmt.Errorf("call: %w", err)
 		}
-		if got := transportOf(err); got != c.want {
+		if got := causeOf(err); got != c.want {
 			t.Errorf("%v: %s, want %s", c.err, got, c.want)
 		}
 		for profile, class := range map[string]Class{"generic": c.class, "ofapi": c.class, "apifreaks": c.class} {
@@ -72,7 +72,7 @@ func TestBrokenAnswer(t *testing.T) {
 	p := profileOf(t, "fanfare")
 	for status, want := range map[int]string{
 		200: "NETWORK_ERROR request retry",
-		429: "RATE_LIMIT creator retry after 1m0s",
+		429: "RATE_LIMIT creator?account retry after 1m0s",
 		503: "SERVER_ERROR provider retry",
 	} {
 		f, failed := p.Classify(Answer{Status: status, Body: []byte(`{"status":"DENIED"}`)[:9], Err: io.ErrUnexpectedEOF}, noon)
@@ -131,15 +131,15 @@ func TestRealServers(t *testing.T) {
 	listener.Close()
 
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	for url, want := range map[string]transport{
-		server.URL + "/close": endOfFile,
-		server.URL + "/reset": reset,
-		server.URL + "/stuck": timedOut,
-		secure.URL:            tlsFailed,
-		nobody:                refused,
+	for url, want := range map[string]Cause{
+		server.URL + "/close": CauseEOF,
+		server.URL + "/reset": CauseReset,
+		server.URL + "/stuck": CauseReadTimeout,
+		secure.URL:            CauseTLS,
+		nobody:                CauseRefused,
 	} {
 		timeout := time.Minute
-		if want == timedOut {
+		if want == CauseReadTimeout {
 			timeout = 50 * time.Millisecond
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), timeout)
@@ -151,7 +151,7 @@ func TestRealServers(t *testing.T) {
 		if err == nil {
 			resp.Body.Close()
 		}
-		if got := transportOf(err); got != want {
+		if got := causeOf(err); got != want {
 			t.Errorf("%s: %v: %s, want %s", url, err, got, want)
 		}
 		cancel()
