@@ -2,16 +2,15 @@ package publisher
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/broker"
 )
 
 // Attempt is one call that failed.
@@ -42,7 +41,7 @@ type DeadLetter struct {
 	Operation         string         `json:"operation"`
 	SourceStream      string         `json:"source_stream"`
 	SourceSubject     string         `json:"source_subject"`
-	SourceSequence    uint64         `json:"source_seq"`
+	Source            Source         `json:"source"` // the stored request
 	RequestID         string         `json:"request_id"`
 
 	History []Attempt `json:"-"`
@@ -51,83 +50,60 @@ type DeadLetter struct {
 	Header  nats.Header `json:"-"`
 }
 
-// DeadLetter stores a dead letter and returns nil once it is stored, now or
-// before.
+// DeadLetter stores a dead letter and returns nil once it is stored, now or before. Another
+// stored request's letter under the same subject stays in the stream, below this one. See
+// Tombstone, which comes first.
 func (p *Publisher) DeadLetter(ctx context.Context, d DeadLetter) error {
+	fail := func(err error) error {
+		return fmt.Errorf("publish dead letter of %s: %w", clip(d.RequestID, 80), err)
+	}
 	subject, err := p.ns.DeadLetterSubject(d.Class, d.Creator, d.Operation, d.RequestID)
 	if err != nil {
-		return fmt.Errorf("publish dead letter of %s: %w", clip(d.RequestID, 80), err)
+		return fail(err)
 	}
-	h := d.headers()
-	h[jetstream.MsgIDHeader] = []string{oneLine("dlq:"+d.RequestID, 2*maxHeader)}
-	h[jetstream.ExpectedLastSubjSeqHeader] = []string{"0"}
-	m := &nats.Msg{Subject: subject, Header: h, Data: d.Payload}
-	if !p.fits(m) {
-		name, err := objectName("dlq", d.Creator, d.Operation, d.RequestID)
-		if err == nil {
-			err = p.outsource(ctx, m, name)
-		}
-		if err != nil {
-			return fmt.Errorf("publish dead letter of %s: %w", clip(d.RequestID, 80), err)
-		}
+	d = d.bounded(p.room())
+	m := &nats.Msg{Subject: subject, Header: d.headers(p.room()), Data: d.Payload}
+	name, err := objectName("dlq", d.Creator, d.Operation, d.RequestID, d.Source)
+	if err != nil {
+		return fail(err)
 	}
-	if _, _, err := p.stored(ctx, m); err != nil {
-		return fmt.Errorf("publish dead letter of %s: %w", clip(d.RequestID, 80), err)
+	if err := p.storing(ctx, m, name, func() error { return p.putLetter(ctx, m, &d) }); err != nil {
+		return fail(err)
 	}
 	return nil
 }
 
-// headers are the request's own, without those that are the server's, which
-// would act again, and those that may carry credentials.
-func (d *DeadLetter) headers() nats.Header {
-	h := make(nats.Header, len(d.Header)+20)
-	for name, values := range d.Header {
-		if !strings.HasPrefix(name, "Nats-") && !strings.HasPrefix(name, "Dlq-") && !secret(name) {
-			h[name] = values
+// putLetter publishes a letter unless it is stored already.
+func (p *Publisher) putLetter(ctx context.Context, m *nats.Msg, d *DeadLetter) error {
+	for expected := uint64(0); ; {
+		m.Header[jetstream.ExpectedLastSubjSeqHeader] = []string{strconv.FormatUint(expected, 10)}
+		_, err := p.publish(ctx, m)
+		if err == nil {
+			return nil
 		}
-	}
-	for name, value := range map[string]string{
-		DlqClass: string(d.Class), DlqCode: d.Code, DlqReason: d.Reason, DlqAction: d.Action,
-		DlqScope: string(d.Scope), DlqField: d.Field, DlqHTTPStatus: positive(d.HTTPStatus),
-		DlqAttempts: strconv.Itoa(d.Attempts), DlqDeliveries: strconv.FormatUint(d.Deliveries, 10),
-		DlqFirstFailedAt: timestamp(d.FirstFailedAt), DlqFailedAt: timestamp(d.FailedAt),
-		DlqUpstreamRequestID: d.UpstreamRequestID, DlqProvider: d.Provider,
-		DlqCreator: d.Creator, DlqOperation: d.Operation, DlqSourceStream: d.SourceStream,
-		DlqSourceSubject: d.SourceSubject, DlqSourceSeq: strconv.FormatUint(d.SourceSequence, 10),
-		DlqMsgID: d.RequestID,
-	} {
-		set(h, name, value, maxHeader)
-	}
-	if len(d.History) > 0 {
-		set(h, DlqHistory, history(d.History), maxHistory)
-	}
-	return h
-}
-
-// history is the attempts as JSON; of too many, the latest.
-func history(attempts []Attempt) string {
-	for {
-		b, err := json.Marshal(attempts)
-		if err != nil {
-			return ""
+		if broker.TroubleOf(err) != broker.WrittenBetween {
+			return err
 		}
-		if len(b) <= maxHistory {
-			return string(b)
+		there, err := p.reader.Last(ctx, p.ns.Stream(DLQ), m.Subject)
+		switch {
+		case err != nil:
+			return err
+		case there == nil:
+			expected = 0
+		case d.isLetter(there):
+			return nil
+		default:
+			expected = there.Sequence
 		}
-		attempts = attempts[(len(attempts)+1)/2:]
 	}
 }
 
-func positive(n int) string {
-	if n <= 0 {
-		return ""
+// isLetter reports whether a stored message is this dead letter. Letters of earlier versions do
+// not say when their request was stored.
+func (d *DeadLetter) isLetter(m *broker.Message) bool {
+	s := sourceOf(m.Header, DlqSourceSeq, DlqSourceStored)
+	if s.Stored.IsZero() {
+		s.Stored = d.Source.Stored
 	}
-	return strconv.Itoa(n)
-}
-
-func timestamp(t time.Time) string {
-	if t.IsZero() {
-		return ""
-	}
-	return t.UTC().Format(time.RFC3339Nano)
+	return s.Equal(d.Source) && m.Header.Get(DlqMsgID) == d.RequestID
 }

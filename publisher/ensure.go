@@ -52,6 +52,20 @@ func (t Topology) reconcile(ctx context.Context, js jetstream.JetStream, apply b
 		changes = append(changes, c)
 		return nil
 	}
+	for _, part := range []func(context.Context, jetstream.JetStream, noter) error{
+		t.reconcileStreams, t.reconcileConsumers, t.reconcileBuckets, t.reconcileObjects,
+	} {
+		if err := part(ctx, js, note); err != nil {
+			return changes, err
+		}
+	}
+	return changes, nil
+}
+
+// noter notes a change and, if it is to be applied, makes it.
+type noter func(c Change, do func() error) error
+
+func (t Topology) reconcileStreams(ctx context.Context, js jetstream.JetStream, note noter) error {
 	for _, want := range t.streams() {
 		have, err := js.Stream(ctx, want.Name)
 		switch {
@@ -61,32 +75,48 @@ func (t Topology) reconcile(ctx context.Context, js jetstream.JetStream, apply b
 				return err
 			})
 			if err != nil {
-				return changes, err
+				return err
 			}
 			continue
 		case err != nil:
-			return changes, fmt.Errorf("look up stream %s: %w", want.Name, explain(err))
+			return fmt.Errorf("look up stream %s: %w", want.Name, explain(err))
 		}
 		info := have.CachedInfo()
 		if want.Name == t.Namespace.Stream(Requests) {
 			if err := t.checkPartitions(info); err != nil {
-				return changes, err
-			}
-		}
-		if d := diff(want, info.Config); len(d) > 0 {
-			merged := merge(info.Config, want)
-			err := note(Change{Kind: "stream", Name: want.Name, Action: "update", Diff: d}, func() error {
-				_, err := js.UpdateStream(ctx, merged)
 				return err
-			})
-			if err != nil {
-				return changes, err
 			}
 		}
+		d := diff(want, info.Config)
+		if len(d) == 0 {
+			continue
+		}
+		merged := merge(info.Config, want)
+		err = note(Change{Kind: "stream", Name: want.Name, Action: "update", Diff: d}, func() error {
+			if err := t.dropFences(ctx, have, info.Config.Subjects); err != nil {
+				return err
+			}
+			_, err := js.UpdateStream(ctx, merged)
+			return err
+		})
+		if err != nil {
+			return err
+		}
 	}
-	if err := t.reconcileConsumers(ctx, js, note); err != nil {
-		return changes, err
+	return nil
+}
+
+// dropFences deletes what an earlier version stored beside the results, in a place of its own,
+// to refuse late ones.
+func (t Topology) dropFences(ctx context.Context, s jetstream.Stream, subjects []string) error {
+	fences := t.Namespace.Subject("fence", "*")
+	if !slices.Contains(subjects, fences) {
+		return nil
 	}
+	return s.Purge(ctx, jetstream.WithPurgeSubject(fences))
+}
+
+func (t Topology) reconcileBuckets(ctx context.Context, js jetstream.JetStream, note noter) error {
 	for _, want := range t.buckets() {
 		have, err := js.KeyValue(ctx, want.Bucket)
 		switch {
@@ -96,15 +126,15 @@ func (t Topology) reconcile(ctx context.Context, js jetstream.JetStream, apply b
 				return err
 			})
 			if err != nil {
-				return changes, err
+				return err
 			}
 			continue
 		case err != nil:
-			return changes, fmt.Errorf("look up bucket %s: %w", want.Bucket, explain(err))
+			return fmt.Errorf("look up bucket %s: %w", want.Bucket, explain(err))
 		}
 		status, err := have.Status(ctx)
 		if err != nil {
-			return changes, fmt.Errorf("look up bucket %s: %w", want.Bucket, explain(err))
+			return fmt.Errorf("look up bucket %s: %w", want.Bucket, explain(err))
 		}
 		if d := diff(want, status.Config()); len(d) > 0 {
 			err := note(Change{Kind: "bucket", Name: want.Bucket, Action: "update", Diff: d}, func() error {
@@ -112,14 +142,14 @@ func (t Topology) reconcile(ctx context.Context, js jetstream.JetStream, apply b
 				return err
 			})
 			if err != nil {
-				return changes, err
+				return err
 			}
 		}
 	}
-	return changes, t.reconcileObjects(ctx, js, note)
+	return nil
 }
 
-func (t Topology) reconcileObjects(ctx context.Context, js jetstream.JetStream, note func(Change, func() error) error) error {
+func (t Topology) reconcileObjects(ctx context.Context, js jetstream.JetStream, note noter) error {
 	want := t.objects()
 	have, err := js.ObjectStore(ctx, want.Bucket)
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
@@ -148,7 +178,7 @@ func (t Topology) reconcileObjects(ctx context.Context, js jetstream.JetStream, 
 	})
 }
 
-func (t Topology) reconcileConsumers(ctx context.Context, js jetstream.JetStream, note func(Change, func() error) error) error {
+func (t Topology) reconcileConsumers(ctx context.Context, js jetstream.JetStream, note noter) error {
 	stream := t.Namespace.Stream(Requests)
 	have := map[string]jetstream.ConsumerConfig{}
 	if s, err := js.Stream(ctx, stream); err == nil {
@@ -204,7 +234,7 @@ func (t Topology) checkPartitions(info *jetstream.StreamInfo) error {
 		return nil
 	}
 	return fmt.Errorf("%w: %s has %s, %d are configured, and %d requests are stored; "+
-		"let the workers finish with partitions: %s while nobody publishes, until `nats stream info %s` shows no messages, and run setup again",
+		"let the workers finish with partitions: %s while nothing is published, until `nats stream info %s` shows no messages, and run setup again",
 		ErrPartitionsFixed, info.Config.Name, have, t.Partitions, info.State.Msgs, have, info.Config.Name)
 }
 

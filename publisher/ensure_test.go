@@ -2,6 +2,7 @@ package publisher
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -35,9 +36,9 @@ func TestEnsureTwice(t *testing.T) {
 	}
 }
 
-// What somebody changed by hand is put right, what they added stays.
+// Settings that were changed by hand are put right, settings that were added stay.
 func TestEnsureRepairs(t *testing.T) {
-	_, js := broker(t, small())
+	_, js := onServer(t, small())
 	s, err := js.Stream(t.Context(), "DLQ")
 	if err != nil {
 		t.Fatal(err)
@@ -82,7 +83,7 @@ func TestEnsureRepairs(t *testing.T) {
 
 // A creator is in one partition: their number stays while requests are stored.
 func TestPartitionsAreFixed(t *testing.T) {
-	_, js := broker(t, small())
+	_, js := onServer(t, small())
 	p := New(js, small())
 	if _, err := p.Publish(t.Context(), Request{Creator: "alice", Operation: "top"}); err != nil {
 		t.Fatal(err)
@@ -128,5 +129,49 @@ func TestReplicasNeedACluster(t *testing.T) {
 	_, err = Topology{Partitions: 1, Replicas: 3}.Ensure(t.Context(), js)
 	if err == nil || !strings.Contains(err.Error(), "nats.replicas") {
 		t.Errorf("got %v, want what to do", err)
+	}
+}
+
+// The last version stored fences beside the results.
+func TestEnsureDropsFences(t *testing.T) {
+	_, js := onServer(t, small())
+	s, err := js.Stream(t.Context(), "RESULTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := s.CachedInfo().Config
+	old.Subjects = []string{"results.>", "fence.*"}
+	if _, err := js.UpdateStream(t.Context(), old); err != nil {
+		t.Fatal(err)
+	}
+	for _, subject := range []string{"fence.hook=3A1", "results.alice.top.hook=3A2"} {
+		if _, err := js.Publish(t.Context(), subject, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	changes, err := small().Ensure(t.Context(), js)
+	if err != nil || len(changes) != 1 || changes[0].Name != "RESULTS" {
+		t.Fatalf("%+v, %v", changes, err)
+	}
+	s, err = js.Stream(t.Context(), "RESULTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info := s.CachedInfo(); info.State.Msgs != 1 || !slices.Equal(info.Config.Subjects, []string{"results.>"}) {
+		t.Errorf("%d messages, subjects %v", info.State.Msgs, info.Config.Subjects)
+	}
+}
+
+// The longest duration of a request's age has no room for a day more.
+func TestEnsureWithTheLongestAge(t *testing.T) {
+	js, err := jetstream.New(natsservertest.Connect(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 2 {
+		changes, err := Topology{Partitions: 1, MaxAge: 2562047 * time.Hour}.Ensure(t.Context(), js)
+		if err != nil || i == 1 && len(changes) != 0 {
+			t.Fatalf("%+v, %v", changes, err)
+		}
 	}
 }

@@ -25,19 +25,20 @@ const (
 	ProviderReleased  EventKind = "provider.released"
 	BreakerOpened     EventKind = "breaker.opened"
 	BreakerClosed     EventKind = "breaker.closed"
-	ActionRequired    EventKind = "action.required"   // somebody must do Action
+	ActionRequired    EventKind = "action.required"   // a person must do Action
 	CreditsThreshold  EventKind = "credits.threshold" // Percent of the day's credits are used
 	FirstOfClass      EventKind = "dlq.first_of_class"
 	AttemptsExhausted EventKind = "attempts.exhausted"
+	RequestVanished   EventKind = "request.vanished" // it waited for its call and was deleted from the stream
 )
 
 // EventKinds are all of them.
 var EventKinds = []EventKind{
 	CreatorHeld, CreatorReleased, AccountHeld, AccountReleased, ProviderHeld, ProviderReleased,
-	BreakerOpened, BreakerClosed, ActionRequired, CreditsThreshold, FirstOfClass, AttemptsExhausted,
+	BreakerOpened, BreakerClosed, ActionRequired, CreditsThreshold, FirstOfClass, AttemptsExhausted, RequestVanished,
 }
 
-// Event is something that somebody may have to know, or to react to.
+// Event is something that people may have to know, or to react to.
 type Event struct {
 	Kind      EventKind      `json:"kind"`
 	At        time.Time      `json:"at"`
@@ -48,7 +49,7 @@ type Event struct {
 	Code      string         `json:"code,omitempty"` // the provider's own
 	Reason    string         `json:"reason,omitempty"`
 	Action    string         `json:"action,omitempty"`
-	Until     *time.Time     `json:"until,omitempty"` // of a hold or an open breaker; absent: until somebody acts
+	Until     *time.Time     `json:"until,omitempty"` // of a hold or an open breaker; absent: until a person acts
 	Percent   int            `json:"percent,omitempty"`
 	Worker    string         `json:"worker,omitempty"`
 

@@ -22,6 +22,13 @@ const (
 	HeaderTraceparent       = "traceparent"       // W3C Trace Context
 	HeaderContentType       = "Content-Type"
 
+	// The stored request that an outcome belongs to.
+	HeaderSourceSeq    = "Headgate-Source-Seq"
+	HeaderSourceStored = "Headgate-Source-Stored" // RFC 3339, to the nanosecond
+
+	// HeaderDeadLetter marks a tombstone among the results. Its value is the dead letter's class.
+	HeaderDeadLetter = "Headgate-Dead-Letter"
+
 	// Where a body is that was too large for a message.
 	HeaderBodyBucket      = "Headgate-Body-Bucket"
 	HeaderBodyObject      = "Headgate-Body-Object"
@@ -50,14 +57,13 @@ const (
 	DlqSourceStream      = "Dlq-Source-Stream"
 	DlqSourceSubject     = "Dlq-Source-Subject"
 	DlqSourceSeq         = "Dlq-Source-Seq"
+	DlqSourceStored      = "Dlq-Source-Stored" // RFC 3339, to the nanosecond
 	DlqMsgID             = "Dlq-Msg-Id"
 	DlqHistory           = "Dlq-History"
+	DlqHeadersDropped    = "Dlq-Headers-Dropped" // lines of the request's that could not be kept
 )
 
-const (
-	maxHeader  = 1 << 10  // bytes of one value
-	maxHistory = 16 << 10 // bytes of Dlq-History
-)
+const maxHeader = 1 << 10 // bytes of one value
 
 // set puts a value into h, made fit for a header: one line of valid UTF-8, not longer than
 // limit. An empty value is left out.
@@ -85,16 +91,4 @@ func oneLine(s string, limit int) string {
 		s = strings.ToValidUTF8(s[:limit], "")
 	}
 	return s
-}
-
-// secret reports whether a header of a request may carry credentials. Those do
-// not go into dead letters, which people look at.
-func secret(name string) bool {
-	name = strings.ToLower(name)
-	for _, part := range []string{"authorization", "cookie", "token", "secret", "password", "api-key", "apikey", "x-key"} {
-		if strings.Contains(name, part) {
-			return true
-		}
-	}
-	return false
 }

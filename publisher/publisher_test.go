@@ -1,14 +1,11 @@
 package publisher
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -22,7 +19,7 @@ import (
 // small is quick to make.
 func small() Topology { return Topology{Partitions: 4} }
 
-func broker(t *testing.T, topology Topology) (*nats.Conn, jetstream.JetStream) {
+func onServer(t *testing.T, topology Topology) (*nats.Conn, jetstream.JetStream) {
 	t.Helper()
 	nc := natsservertest.Connect(t)
 	js, err := jetstream.New(nc)
@@ -58,7 +55,7 @@ func stored(t *testing.T, js jetstream.JetStream, stream string) uint64 {
 }
 
 func TestPublishOnce(t *testing.T) {
-	_, js := broker(t, small())
+	_, js := onServer(t, small())
 	p := New(js, small())
 	r := Request{ID: RequestID("hook", "42"), Creator: "a.b", Operation: "top", Payload: []byte("{}"), CorrelationID: "c1", Header: nats.Header{"Ours": {"1"}}}
 	first, err := p.Publish(t.Context(), r)
@@ -79,7 +76,7 @@ func TestPublishOnce(t *testing.T) {
 }
 
 func TestPublishRefuses(t *testing.T) {
-	_, js := broker(t, small())
+	_, js := onServer(t, small())
 	p := New(js, small())
 	for name, r := range map[string]Request{
 		"creator":   {Operation: "top"},
@@ -101,7 +98,7 @@ func TestPublishRefuses(t *testing.T) {
 func TestBacklogIsFull(t *testing.T) {
 	topology := small()
 	topology.BacklogPerSubject = 2
-	_, js := broker(t, topology)
+	_, js := onServer(t, topology)
 	p := New(js, topology)
 	publish := func(creator string, n int) error {
 		_, err := p.Publish(t.Context(), Request{ID: fmt.Sprintf("%s-%d", creator, n), Creator: creator, Operation: "top"})
@@ -143,7 +140,7 @@ func TestNoStream(t *testing.T) {
 
 // What no request looks like is refused by the stream itself: no PubAck.
 func TestOtherSubjectsGetNoAck(t *testing.T) {
-	nc, _ := broker(t, small())
+	nc, _ := onServer(t, small())
 	for _, subject := range []string{"requests.a.b.c", "requests.a", "requests"} {
 		if m, err := nc.Request(subject, nil, time.Second); !errors.Is(err, nats.ErrNoResponders) {
 			t.Errorf("%s: got %v, %v", subject, m, err)
@@ -151,59 +148,14 @@ func TestOtherSubjectsGetNoAck(t *testing.T) {
 	}
 }
 
-// Two outcomes of one request are impossible, whoever publishes them.
-func TestOneResult(t *testing.T) {
-	for _, inSubject := range []bool{true, false} {
-		topology := small()
-		topology.NoIDInSubject = !inSubject
-		_, js := broker(t, topology)
-		var g sync.WaitGroup
-		for n := range 16 {
-			g.Go(func() {
-				p := New(js, topology)
-				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-				defer cancel()
-				err := p.Result(ctx, Result{RequestID: "hook:1", Creator: "alice", Operation: "top", Status: 200, Attempts: n, Body: []byte(strconv.Itoa(n))})
-				if err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		g.Wait()
-		if n := stored(t, js, "RESULTS"); n != 1 {
-			t.Errorf("id in subject %v: %d results, want 1", inSubject, n)
-		}
-	}
-}
-
-func TestResultOutlivesTheDuplicateWindow(t *testing.T) {
-	_, js := broker(t, small())
-	p := New(js, small())
-	r := Result{RequestID: "hook:1", Creator: "alice", Operation: "top", Status: 200, Body: []byte("first")}
-	if err := p.Result(t.Context(), r); err != nil {
-		t.Fatal(err)
-	}
-	// As after a restart of the server, or ten minutes: only the subject knows.
-	r2 := r
-	r2.Body = []byte("second")
-	subject, _ := Namespace("").ResultSubject("alice", "top", "hook:1")
-	m := &nats.Msg{Subject: subject, Header: nats.Header{jetstream.ExpectedLastSubjSeqHeader: {"0"}}, Data: r2.Body}
-	if _, before, err := p.stored(t.Context(), m); err != nil || !before {
-		t.Errorf("a second result: stored before %v, %v", before, err)
-	}
-	if got := last(t, js, "RESULTS", subject); string(got.Data) != "first" {
-		t.Errorf("the result is %q now", got.Data)
-	}
-}
-
 func TestDeadLetter(t *testing.T) {
-	_, js := broker(t, small())
+	_, js := onServer(t, small())
 	p := New(js, small())
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	letter := DeadLetter{
 		Class: classify.Validation, Code: "BAD\r\nX-Evil: 1", Reason: strings.Repeat("é", 2000), Attempts: 2, Deliveries: 3,
 		FirstFailedAt: at, FailedAt: at.Add(time.Second), Provider: "test", Creator: "alice", Operation: "top",
-		SourceStream: "REQUESTS", SourceSubject: "requests.1.alice.top", SourceSequence: 7, RequestID: "hook:1",
+		SourceStream: "REQUESTS", SourceSubject: "requests.1.alice.top", Source: Source{7, at}, RequestID: "hook:1",
 		History: []Attempt{{At: at, Ms: 12, Class: classify.ServerError, Status: 500}, {At: at, Ms: 5, Class: classify.Validation, Status: 422}},
 		Payload: []byte("\x00payload\xff"),
 		Header: nats.Header{
@@ -225,7 +177,7 @@ func TestDeadLetter(t *testing.T) {
 	}
 	for name, want := range map[string]string{
 		DlqClass: "VALIDATION", DlqCode: "BAD  X-Evil: 1", DlqAttempts: "2", DlqDeliveries: "3", DlqSourceSeq: "7",
-		DlqFirstFailedAt: "2026-01-02T03:04:05Z", DlqMsgID: "hook:1", "Ours": "1", "Nats-Msg-Id": "dlq:hook:1",
+		DlqFirstFailedAt: "2026-01-02T03:04:05Z", DlqMsgID: "hook:1", "Ours": "1", DlqSourceStored: "2026-01-02T03:04:05Z",
 	} {
 		if got := m.Header.Get(name); got != want {
 			t.Errorf("%s: %q, want %q", name, got, want)
@@ -235,11 +187,11 @@ func TestDeadLetter(t *testing.T) {
 		if strings.Contains(strings.Join(values, ""), "s3cret") {
 			t.Errorf("%s is in the dead letter", name)
 		}
-		if len(values[0]) > maxHistory {
+		if len(values[0]) > historyRoom(maxHeaders) {
 			t.Errorf("%s has %d bytes", name, len(values[0]))
 		}
 	}
-	for _, name := range []string{"Nats-Expected-Stream", "Nats-TTL", DlqAction, DlqField, DlqHTTPStatus} {
+	for _, name := range []string{"Nats-Msg-Id", "Nats-Expected-Stream", "Nats-TTL", DlqAction, DlqField, DlqHTTPStatus} {
 		if _, there := m.Header[name]; there {
 			t.Errorf("%s: %q", name, m.Header[name])
 		}
@@ -255,15 +207,15 @@ func TestLongHistoryKeepsTheLatest(t *testing.T) {
 	for n := range 1000 {
 		attempts = append(attempts, Attempt{Class: classify.RateLimit, Status: 429, Ms: int64(n)})
 	}
-	var kept []Attempt
-	if err := json.Unmarshal([]byte(history(attempts)), &kept); err != nil || len(kept) < 50 || kept[len(kept)-1].Ms != 999 {
-		t.Errorf("%d kept, %v", len(kept), err)
+	kept := DeadLetter{History: attempts}.bounded(maxHeaders).History
+	if len(kept) < 50 || kept[len(kept)-1].Ms != 999 {
+		t.Errorf("%d kept", len(kept))
 	}
 }
 
 // Namespaces live side by side on one server.
 func TestNamespaces(t *testing.T) {
-	nc, js := broker(t, small())
+	nc, js := onServer(t, small())
 	other := small()
 	other.Namespace = "ofauth"
 	if _, err := other.Ensure(t.Context(), js); err != nil {
@@ -289,7 +241,7 @@ func TestNamespaces(t *testing.T) {
 // Creators spread over partitions, each to one of them.
 func TestPartitions(t *testing.T) {
 	topology := Topology{Partitions: 8}
-	_, js := broker(t, topology)
+	_, js := onServer(t, topology)
 	p := New(js, topology)
 	for n := range 1000 {
 		for _, operation := range []string{"a", "b"} {

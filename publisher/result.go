@@ -7,11 +7,11 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 )
 
 // Result is the API's answer to a request.
 type Result struct {
+	Source                                Source // the stored request
 	RequestID, CorrelationID, Traceparent string
 	Creator, Operation                    string
 	ContentType, UpstreamRequestID        string
@@ -22,29 +22,43 @@ type Result struct {
 	Body                                  []byte // as it came
 }
 
-// Result stores a result and returns nil once it is stored, now or before: a
-// request has one. With the id in its subject a second one is impossible. A body
-// that is too large for the server goes to the object store.
-func (p *Publisher) Result(ctx context.Context, r Result) error {
-	id := ""
-	if p.idInSubject {
-		id = r.RequestID
+// Result puts a result in its request's place and returns what stands there: this result, or an
+// outcome that was there before. An answer is this request's if stands is Answered. A body that
+// is too large for the server goes to the object store.
+func (p *Publisher) Result(ctx context.Context, r Result) (stands Outcome, err error) {
+	fail := func(err error) (Outcome, error) {
+		return Outcome{}, fmt.Errorf("publish result of %s: %w", clip(r.RequestID, 80), err)
 	}
-	subject, err := p.ns.ResultSubject(r.Creator, r.Operation, id)
+	subject, err := p.ns.ResultSubject(r.Creator, r.Operation, r.RequestID)
 	if err != nil {
-		return fmt.Errorf("publish result of %s: %w", clip(r.RequestID, 80), err)
+		return fail(err)
 	}
+	name, err := objectName("results", r.Creator, r.Operation, r.RequestID, r.Source)
+	if err != nil {
+		return fail(err)
+	}
+	m := &nats.Msg{Subject: subject, Header: r.headers(), Data: r.Body}
+	mine := Outcome{Kind: Answered, Source: r.Source}
+	err = p.storing(ctx, m, name, func() (err error) {
+		stands, err = p.take(ctx, m, mine, r.Creator, r.Operation, r.RequestID)
+		return err
+	})
+	if err != nil {
+		return fail(err)
+	}
+	if object := m.Header.Get(HeaderBodyObject); object != "" && object != stands.object {
+		p.discard(ctx, object)
+	}
+	return stands, nil
+}
+
+func (r *Result) headers() nats.Header {
 	h := make(nats.Header, 16)
-	h[jetstream.MsgIDHeader] = []string{resultMsgID(r.RequestID)}
-	if p.idInSubject {
-		h[jetstream.ExpectedLastSubjSeqHeader] = []string{"0"}
-	}
+	identify(h, r.RequestID, r.Creator, r.Operation)
+	setSource(h, r.Source, HeaderSourceSeq, HeaderSourceStored)
 	set(h, HeaderContentType, r.ContentType, maxHeader)
-	set(h, HeaderRequestID, r.RequestID, maxHeader)
 	set(h, HeaderCorrelationID, r.CorrelationID, maxHeader)
 	set(h, HeaderTraceparent, r.Traceparent, maxHeader)
-	set(h, HeaderCreator, r.Creator, maxHeader)
-	set(h, HeaderOperation, r.Operation, maxHeader)
 	set(h, HeaderUpstreamRequestID, r.UpstreamRequestID, maxHeader)
 	h[HeaderStatus] = []string{strconv.Itoa(r.Status)}
 	h[HeaderAttempts] = []string{strconv.Itoa(r.Attempts)}
@@ -52,18 +66,5 @@ func (p *Publisher) Result(ctx context.Context, r Result) error {
 	if r.Empty {
 		h[HeaderEmpty] = []string{"true"}
 	}
-	m := &nats.Msg{Subject: subject, Header: h, Data: r.Body}
-	if !p.fits(m) {
-		name, err := objectName("results", r.Creator, r.Operation, r.RequestID)
-		if err == nil {
-			err = p.outsource(ctx, m, name)
-		}
-		if err != nil {
-			return fmt.Errorf("publish result of %s: %w", clip(r.RequestID, 80), err)
-		}
-	}
-	if _, _, err := p.stored(ctx, m); err != nil {
-		return fmt.Errorf("publish result of %s: %w", clip(r.RequestID, 80), err)
-	}
-	return nil
+	return h
 }

@@ -1,11 +1,14 @@
 package publisher
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/mutant"
 )
 
 // Streams and buckets, without a namespace.
@@ -79,26 +82,65 @@ func (n Namespace) RequestSubject(creator, operation string) (string, error) {
 	return n.Subject("requests", c, o), nil
 }
 
-// ResultSubject is where the result of a request is stored; with an empty id,
-// where it is if ids are not part of the subject.
-func (n Namespace) ResultSubject(creator, operation, id string) (string, error) {
-	c, o, err := named(creator, operation)
-	if err != nil {
-		return "", err
+// unreadable is the token of a creator or an operation that cannot be read. No name has it: as
+// an encoded one it would be wrong.
+const unreadable = "=unreadable"
+
+// outcomeTokens encodes the creator, the operation and the id of an outcome. Creator and
+// operation are empty if they could not be read from the request.
+func outcomeTokens(creator, operation, id string) (c, o, i string, err error) {
+	if id == "" || id != oneLine(id, maxHeader) {
+		return "", "", "", fmt.Errorf("id %q must be one line of at most %d bytes, see ParseRequest", clip(id, 80), maxHeader)
 	}
-	if id == "" {
-		return n.Subject("results", c, o), nil
+	if c, err = outcomeToken(creator); err != nil {
+		return "", "", "", fmt.Errorf("creator: %w", err)
 	}
-	return n.Subject("results", c, o, IDToken(id)), nil
+	if o, err = outcomeToken(operation); err != nil {
+		return "", "", "", fmt.Errorf("operation: %w", err)
+	}
+	return c, o, IDToken(id), nil
 }
 
-// DeadLetterSubject is where the dead letter of a request is stored.
-func (n Namespace) DeadLetterSubject(class classify.Class, creator, operation, id string) (string, error) {
-	c, o, err := named(creator, operation)
+func outcomeToken(name string) (string, error) {
+	if name == "" {
+		return unreadable, nil
+	}
+	return EncodeToken(name)
+}
+
+// ResultSubject is a request's place in RESULTS. Creator and operation are empty where the
+// request's could not be read.
+func (n Namespace) ResultSubject(creator, operation, id string) (string, error) {
+	c, o, i, err := outcomeTokens(creator, operation, id)
 	if err != nil {
 		return "", err
 	}
-	return n.Subject("dlq", string(class), c, o, IDToken(id)), nil
+	return n.Subject("results", c, o, i), nil
+}
+
+// DeadLetterSubject is where the dead letter of a request is stored. Creator and operation are
+// empty where the request's could not be read.
+func (n Namespace) DeadLetterSubject(class classify.Class, creator, operation, id string) (string, error) {
+	if !slices.Contains(classify.Classes(), class) {
+		return "", fmt.Errorf("there is no class %q", clip(string(class), 40))
+	}
+	c, o, i, err := outcomeTokens(creator, operation, id)
+	if err != nil {
+		return "", err
+	}
+	return n.Subject("dlq", string(class), c, o, i), nil
+}
+
+// RecordKey is the key of a request's record in LEDGER, <creator>.<id> as tokens.
+func RecordKey(creator, id string) string {
+	if mutant.On(mutant.LedgerByID) {
+		return IDToken(id)
+	}
+	c, err := outcomeToken(creator)
+	if err != nil {
+		c = unreadable
+	}
+	return c + "." + IDToken(id)
 }
 
 // StoredSubjects matches all requests of a partition, as they are stored.
@@ -107,23 +149,51 @@ func (n Namespace) StoredSubjects(partition int) string {
 }
 
 // ParseStored reads a stored request's subject, requests.<partition>.<creator>.<operation>.
-// It trusts nothing: servers store any bytes in a token.
+// It trusts nothing: servers store any bytes in a token, and store a subject with a wildcard in
+// it without a partition. With an error it returns what can be read; the rest is empty.
 func (n Namespace) ParseStored(subject string) (creator, operation string, err error) {
 	rest := subject
 	if n != "" {
 		rest = strings.TrimPrefix(subject, string(n)+".")
 	}
 	tokens := strings.Split(rest, ".")
-	if len(tokens) != 4 || tokens[0] != "requests" {
+	if len(tokens) < 3 || len(tokens) > 4 || tokens[0] != "requests" {
 		return "", "", fmt.Errorf("subject %q must be requests.<creator>.<operation>", clip(subject, 80))
 	}
-	if creator, err = DecodeToken(tokens[2]); err != nil {
-		return "", "", fmt.Errorf("creator: %w", err)
+	if len(tokens) == 3 {
+		err = fmt.Errorf("subject %q must be requests.<creator>.<operation>, without wildcards", clip(subject, 80))
 	}
-	if operation, err = DecodeToken(tokens[3]); err != nil {
-		return "", "", fmt.Errorf("operation: %w", err)
+	var creatorErr, operationErr error
+	tokens = tokens[len(tokens)-2:]
+	if creator, creatorErr = DecodeToken(tokens[0]); creatorErr != nil {
+		creatorErr = fmt.Errorf("creator: %w", creatorErr)
 	}
-	return creator, operation, nil
+	if operation, operationErr = DecodeToken(tokens[1]); operationErr != nil {
+		operationErr = fmt.Errorf("operation: %w", operationErr)
+	}
+	return creator, operation, cmp.Or(err, creatorErr, operationErr)
+}
+
+// ParseDeadLetter reads a dead letter's subject, dlq.<CLASS>.<creator>.<operation>.<id>. Creator
+// and operation are empty if the request's could not be read. The id stays a token, see IDToken.
+func (n Namespace) ParseDeadLetter(subject string) (class classify.Class, creator, operation, id string, err error) {
+	rest := subject
+	if n != "" {
+		rest = strings.TrimPrefix(subject, string(n)+".")
+	}
+	tokens := strings.Split(rest, ".")
+	if len(tokens) != 5 || tokens[0] != "dlq" {
+		return "", "", "", "", fmt.Errorf("subject %q must be dlq.<CLASS>.<creator>.<operation>.<id>", clip(subject, 80))
+	}
+	for i, name := range map[int]*string{2: &creator, 3: &operation} {
+		if tokens[i] == unreadable {
+			continue
+		}
+		if *name, err = DecodeToken(tokens[i]); err != nil {
+			return "", "", "", "", fmt.Errorf("subject %q: %w", clip(subject, 80), err)
+		}
+	}
+	return classify.Class(tokens[1]), creator, operation, tokens[4], nil
 }
 
 // ConsumerName is the durable consumer of a partition.

@@ -6,29 +6,48 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode/utf8"
 )
 
 // maxToken is the longest encoded subject token, in bytes. NATS has no limit of
 // its own, but a token of 5,000 bytes makes a server close the connection.
 const maxToken = 128
 
-// EncodeToken turns any name into a subject token that is also a valid key of a
-// bucket: each byte outside [A-Za-z0-9_-] becomes =XX, its value in upper-case
-// hex. It refuses what is empty or longer than 128 bytes once encoded, and the
-// wildcards * and >, which whoever wrote them did not mean as a name.
-func EncodeToken(s string) (string, error) {
-	switch s {
-	case "":
-		return "", errors.New("a name must not be empty")
-	case "*", ">":
-		return "", fmt.Errorf("%q is a wildcard, not a name", s)
+// checkName refuses names that would not stay one-to-one on their way to the API, or that were
+// not meant as a name. HTTP trims blanks at the ends and has no place for control bytes, JSON
+// none for invalid UTF-8, and * and > are wildcards.
+func checkName(s string) error {
+	switch {
+	case s == "":
+		return errors.New("a name must not be empty")
+	case s == "*" || s == ">":
+		return fmt.Errorf("%q is a wildcard, not a name", s)
+	case strings.Trim(s, " \t") != s:
+		return fmt.Errorf("name %q must not begin or end with a blank", clip(s, 40))
+	case !utf8.ValidString(s):
+		return fmt.Errorf("name %q must be UTF-8", clip(s, 40))
 	}
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] == 0x7f {
+			return fmt.Errorf("name %q must not have control bytes", clip(s, 40))
+		}
+	}
+	return nil
+}
+
+// EncodeToken turns a name into a subject token that is also a valid key of a
+// bucket: each byte outside [A-Za-z0-9_-] becomes =XX, its value in upper-case
+// hex. It refuses what is no name, and what is longer than 128 bytes once encoded.
+func EncodeToken(s string) (string, error) {
 	plain := 0
 	for plain < len(s) && plainByte(s[plain]) {
 		plain++
 	}
-	if plain == len(s) && len(s) <= maxToken {
+	if plain == len(s) && plain > 0 && plain <= maxToken {
 		return s, nil
+	}
+	if err := checkName(s); err != nil {
+		return "", err
 	}
 	var b strings.Builder
 	for i := range len(s) {
@@ -67,10 +86,10 @@ func DecodeToken(token string) (string, error) {
 		}
 		return "", fmt.Errorf("token %q: byte %d must be one of A-Z a-z 0-9 _ - or start =XX, the upper-case hex of any other byte", clip(token, 40), i)
 	}
-	if name := b.String(); name != "*" && name != ">" {
-		return name, nil
+	if err := checkName(b.String()); err != nil {
+		return "", fmt.Errorf("token %q: %w", token, err)
 	}
-	return "", fmt.Errorf("token %q is an encoded wildcard, not a name", token)
+	return b.String(), nil
 }
 
 // IDToken is the subject token, and key, of a request id: encoded like a name, or,

@@ -3,6 +3,7 @@ package publisher
 import (
 	"errors"
 	"fmt"
+	"math"
 	"strconv"
 	"time"
 
@@ -21,11 +22,6 @@ type Topology struct {
 	DLQMaxAge         time.Duration // default 30 days
 	BacklogPerSubject int64         // requests of one creator and operation; default 100,000
 	AckWait           time.Duration // default 30 s
-
-	// NoIDInSubject leaves the request id out of a result's subject. It saves the
-	// server 285 bytes of memory a result and gives up that a second result is
-	// impossible.
-	NoIDInSubject bool
 }
 
 // WithDefaults fills in what is zero.
@@ -69,7 +65,7 @@ func (t Topology) Check() error {
 const (
 	duplicateWindow = 10 * time.Minute
 
-	// OwnerTTL is the age at which OWNERS forgets a lease that nobody renews.
+	// OwnerTTL is the age at which OWNERS forgets a lease that is not renewed.
 	OwnerTTL = 10 * time.Second
 	// OwnerMarker is for how long it is known that there was an owner.
 	OwnerMarker = 15 * time.Minute
@@ -79,37 +75,41 @@ const (
 	maxAckPending = 1_000_000
 )
 
+func (t Topology) requestStream() jetstream.StreamConfig {
+	name, subject := t.Namespace.Stream, t.Namespace.Subject
+	return jetstream.StreamConfig{
+		Name:        name(Requests),
+		Description: "Headgate: requests that wait for their call. A full stream refuses the publisher; nothing is dropped.",
+		Subjects:    []string{subject("requests", "*", "*")},
+		Retention:   jetstream.WorkQueuePolicy,
+		Discard:     jetstream.DiscardNew,
+		// The partition comes first: the server's subject index is a prefix
+		// tree, and with the token last consuming takes twice as long.
+		SubjectTransform: &jetstream.SubjectTransformConfig{
+			Source:      subject("requests", "*", "*"),
+			Destination: subject("requests", fmt.Sprintf("{{partition(%d,1)}}", t.Partitions), "{{wildcard(1)}}", "{{wildcard(2)}}"),
+		},
+		MaxMsgsPerSubject:    t.BacklogPerSubject,
+		DiscardNewPerSubject: true,
+		Duplicates:           duplicateWindow,
+		Storage:              jetstream.FileStorage,
+		Replicas:             t.Replicas,
+		Metadata: map[string]string{
+			metaPartitions:              strconv.Itoa(t.Partitions),
+			"io.nats.monitor.enabled":   "true",
+			"io.nats.monitor.msgs-warn": "200000", "io.nats.monitor.msgs-critical": "1000000",
+		},
+	}
+}
+
 func (t Topology) streams() []jetstream.StreamConfig {
 	name, subject := t.Namespace.Stream, t.Namespace.Subject
 	return []jetstream.StreamConfig{
-		{
-			Name:        name(Requests),
-			Description: "Headgate: requests that wait for their call. A full stream refuses the publisher; nothing is dropped.",
-			Subjects:    []string{subject("requests", "*", "*")},
-			Retention:   jetstream.WorkQueuePolicy,
-			Discard:     jetstream.DiscardNew,
-			// The partition comes first: the server's subject index is a prefix
-			// tree, and with the token last consuming takes twice as long.
-			SubjectTransform: &jetstream.SubjectTransformConfig{
-				Source:      subject("requests", "*", "*"),
-				Destination: subject("requests", fmt.Sprintf("{{partition(%d,1)}}", t.Partitions), "{{wildcard(1)}}", "{{wildcard(2)}}"),
-			},
-			MaxMsgsPerSubject:    t.BacklogPerSubject,
-			DiscardNewPerSubject: true,
-			Duplicates:           duplicateWindow,
-			Storage:              jetstream.FileStorage,
-			Replicas:             t.Replicas,
-			Metadata: map[string]string{
-				metaPartitions:              strconv.Itoa(t.Partitions),
-				"io.nats.monitor.enabled":   "true",
-				"io.nats.monitor.msgs-warn": "200000", "io.nats.monitor.msgs-critical": "1000000",
-			},
-		},
+		t.requestStream(),
 		{
 			Name:        name(Results),
-			Description: "Headgate: answers of the API, one a request.",
-			// See Publisher.Fence for the second one.
-			Subjects:    []string{subject("results", ">"), subject("fence", "*")},
+			Description: "Headgate: outcomes, one a request: an answer of the API or the tombstone of a dead letter.",
+			Subjects:    []string{subject("results", ">")},
 			MaxAge:      t.ResultsMaxAge,
 			Discard:     jetstream.DiscardNew,
 			Duplicates:  duplicateWindow,
@@ -135,7 +135,7 @@ func (t Topology) streams() []jetstream.StreamConfig {
 		},
 		{
 			Name:        name(Events),
-			Description: "Headgate: what somebody must know.",
+			Description: "Headgate: what people have to know.",
 			Subjects:    []string{subject("events", ">")},
 			MaxAge:      7 * 24 * time.Hour,
 			Duplicates:  duplicateWindow,
@@ -173,12 +173,20 @@ func (t Topology) consumers() []jetstream.ConsumerConfig {
 	return consumers
 }
 
+// longer is d and some more, or as long as a duration can be.
+func longer(d, more time.Duration) time.Duration {
+	if d > math.MaxInt64-more {
+		return math.MaxInt64
+	}
+	return d + more
+}
+
 func (t Topology) buckets() []jetstream.KeyValueConfig {
 	name := t.Namespace.Stream
 	buckets := []jetstream.KeyValueConfig{
 		{Bucket: name(Holds), Description: "Headgate: who must not be called, until when and why. By hand: nats kv put " + name(Holds) + " creator.<creator> 1h"},
 		{Bucket: name(Limits), Description: "Headgate: limits of single creators"},
-		{Bucket: name(Ledger), Description: "Headgate: attempts and outcomes of requests that failed", TTL: t.MaxAge + 24*time.Hour},
+		{Bucket: name(Ledger), Description: "Headgate: attempts and outcomes of requests that failed", TTL: longer(t.MaxAge, 24*time.Hour)},
 		{Bucket: name(Budgets), Description: "Headgate: what is left of fleet-wide limits"},
 		{Bucket: name(Owners), Description: "Headgate: which worker owns what", TTL: OwnerTTL, LimitMarkerTTL: OwnerMarker},
 	}
