@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -36,13 +37,15 @@ type Letter struct {
 	Reason    string         `json:"reason"`
 	Action    string         `json:"action,omitempty"`
 	Status    int            `json:"http_status,omitempty"`
-	Creator   string         `json:"creator"`
-	Operation string         `json:"operation"`
+	Creator   string         `json:"creator"`   // "": the request's could not be read
+	Operation string         `json:"operation"` // likewise
 	RequestID string         `json:"request_id"`
 	Attempts  int            `json:"attempts"`
 	Replays   int            `json:"replays"` // how often it was sent through again before
 	Header    nats.Header    `json:"headers,omitempty"`
 	Payload   []byte         `json:"payload,omitempty"`
+	// Problem says why the letter cannot be read as a whole; "" if it can.
+	Problem string `json:"problem,omitempty"`
 }
 
 // Box is the DLQ of a namespace.
@@ -94,29 +97,12 @@ func (f Filter) matches(l *Letter) bool {
 const quiet = time.Second
 
 // Each calls do for every dead letter that is stored now and matches, the oldest
-// first, until do returns an error. Without payloads it reads headers only.
+// first, until do returns an error. Without payloads it reads headers only. A letter that
+// cannot be read as a whole has a Problem and does not keep the others from being read.
 func (b *Box) Each(ctx context.Context, f Filter, payloads bool, do func(Letter) error) error {
-	subject, err := b.subject(f)
-	if err != nil {
+	c, last, err := b.reading(ctx, f, !payloads)
+	if c == nil {
 		return err
-	}
-	info, err := b.stream.Info(ctx)
-	if err != nil {
-		return fmt.Errorf("look at the DLQ: %w", err)
-	}
-	last := info.State.LastSeq // those that come from now on are another time's
-	cfg := jetstream.OrderedConsumerConfig{FilterSubjects: []string{subject}, HeadersOnly: !payloads}
-	if !f.Since.IsZero() {
-		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &f.Since
-	}
-	c, err := b.stream.OrderedConsumer(ctx, cfg)
-	if err != nil {
-		return fmt.Errorf("read the DLQ: %w", err)
-	}
-	if ci, err := c.Info(ctx); err != nil {
-		return fmt.Errorf("read the DLQ: %w", err)
-	} else if ci.NumPending == 0 {
-		return nil
 	}
 	messages, err := c.Messages()
 	if err != nil {
@@ -132,13 +118,13 @@ func (b *Box) Each(ctx context.Context, f Filter, payloads bool, do func(Letter)
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, nats.ErrTimeout):
-			// Somebody else may have deleted the letters that were still to come. What
+			// The letters that were still to come may have been deleted meanwhile. What
 			// had been sent when the server said so has arrived by the next time.
 			if ended {
 				return nil
 			}
 			ci, err := c.Info(ctx)
-			if err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) { // it is made anew
+			if err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) { // it is made again
 				return fmt.Errorf("read the DLQ: %w", err)
 			}
 			ended = err == nil && ci.NumPending == 0
@@ -154,12 +140,13 @@ func (b *Box) Each(ctx context.Context, f Filter, payloads bool, do func(Letter)
 		if meta.Sequence.Stream > last {
 			return nil
 		}
-		l := read(meta, m)
+		l := b.letter(meta.Sequence.Stream, meta.Timestamp, m.Subject(), m.Headers(), m.Data())
 		if f.matches(&l) {
 			if payloads {
-				if l.Payload, err = publisher.Body(ctx, b.js, l.Header, l.Payload); err != nil {
-					return fmt.Errorf("dead letter of %s: %w", l.RequestID, err)
-				}
+				b.body(ctx, &l)
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
 			}
 			if err := do(l); err != nil {
 				return err
@@ -171,6 +158,35 @@ func (b *Box) Each(ctx context.Context, f Filter, payloads bool, do func(Letter)
 	}
 }
 
+// reading makes a consumer of the letters that f means, nil if there are none. Those after the
+// last one are another time's.
+func (b *Box) reading(ctx context.Context, f Filter, headersOnly bool) (c jetstream.Consumer, last uint64, err error) {
+	subject, err := b.subject(f)
+	if err != nil {
+		return nil, 0, err
+	}
+	info, err := b.stream.Info(ctx)
+	if err != nil {
+		return nil, 0, fmt.Errorf("look at the DLQ: %w", err)
+	}
+	cfg := jetstream.OrderedConsumerConfig{FilterSubjects: []string{subject}, HeadersOnly: headersOnly}
+	if !f.Since.IsZero() {
+		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &f.Since
+	}
+	c, err = b.stream.OrderedConsumer(ctx, cfg)
+	if err != nil {
+		return nil, 0, fmt.Errorf("read the DLQ: %w", err)
+	}
+	ci, err := c.Info(ctx)
+	if err != nil {
+		return nil, 0, fmt.Errorf("read the DLQ: %w", err)
+	}
+	if ci.NumPending == 0 {
+		return nil, 0, nil
+	}
+	return c, info.State.LastSeq, nil
+}
+
 // Get reads one dead letter by its request's id.
 func (b *Box) Get(ctx context.Context, id string) (Letter, error) {
 	m, err := b.stream.GetLastMsgForSubject(ctx, b.ns.Subject("dlq", "*", "*", "*", publisher.IDToken(id)))
@@ -180,33 +196,83 @@ func (b *Box) Get(ctx context.Context, id string) (Letter, error) {
 	if err != nil {
 		return Letter{}, fmt.Errorf("read the dead letter of %q: %w", id, err)
 	}
-	l := letter(m.Sequence, m.Time, m.Header, m.Data)
-	l.Payload, err = publisher.Body(ctx, b.js, l.Header, l.Payload)
-	return l, err
+	l := b.letter(m.Sequence, m.Time, m.Subject, m.Header, m.Data)
+	b.body(ctx, &l)
+	return l, ctx.Err()
 }
 
-func read(meta *jetstream.MsgMetadata, m jetstream.Msg) Letter {
-	return letter(meta.Sequence.Stream, meta.Timestamp, m.Headers(), m.Data())
-}
-
-func letter(seq uint64, stored time.Time, h nats.Header, data []byte) Letter {
+// letter reads a dead letter. Its subject says what it is and whose; headers only say more.
+func (b *Box) letter(seq uint64, stored time.Time, subject string, h nats.Header, data []byte) Letter {
 	number := func(name string) int {
 		n, _ := strconv.Atoi(h.Get(name))
 		return n
 	}
-	return Letter{
+	l := Letter{
 		Sequence: seq, Stored: stored, Header: h, Payload: data,
-		Class: classify.Class(h.Get(publisher.DlqClass)), Code: h.Get(publisher.DlqCode), Reason: h.Get(publisher.DlqReason),
-		Action: h.Get(publisher.DlqAction), Status: number(publisher.DlqHTTPStatus), Creator: h.Get(publisher.DlqCreator),
-		Operation: h.Get(publisher.DlqOperation), RequestID: h.Get(publisher.DlqMsgID), Attempts: number(publisher.DlqAttempts),
-		Replays: number(publisher.HeaderReplay),
+		Code: h.Get(publisher.DlqCode), Reason: h.Get(publisher.DlqReason),
+		Action: h.Get(publisher.DlqAction), Status: number(publisher.DlqHTTPStatus),
+		RequestID: h.Get(publisher.DlqMsgID), Attempts: number(publisher.DlqAttempts),
+		Replays: publisher.Replays(h.Get(publisher.DlqMsgID)),
 	}
+	var token string
+	var err error
+	switch l.Class, l.Creator, l.Operation, token, err = b.ns.ParseDeadLetter(subject); {
+	case err != nil:
+		l.Problem = err.Error()
+	case l.RequestID == "" || publisher.IDToken(l.RequestID) != token:
+		l.Problem = fmt.Sprintf("subject %q is not that of request %q, which the header %s names", subject, l.RequestID, publisher.DlqMsgID)
+	}
+	if l.Class == classify.MalformedRequest && l.Creator == formerlyUnreadable && l.Operation == formerlyUnreadable {
+		l.Creator, l.Operation = "", ""
+	}
+	return l
 }
 
-// Drop deletes a dead letter, which may be gone already.
+// formerlyUnreadable was the name that an earlier version gave to what it could not read.
+const formerlyUnreadable = "unreadable"
+
+// body gets a letter's payload from wherever it is.
+func (b *Box) body(ctx context.Context, l *Letter) {
+	object := l.Header.Get(publisher.HeaderBodyObject)
+	if object != "" && !b.owns(l, object) {
+		l.Problem = fmt.Sprintf("its payload is said to be object %q, which is another's", object)
+		return
+	}
+	payload, err := publisher.Body(ctx, b.js, b.ns, l.Header, l.Payload)
+	if err != nil {
+		l.Problem = err.Error()
+		return
+	}
+	l.Payload = payload
+}
+
+// owns reports whether an object is the body of a letter of this creator, operation and id.
+func (b *Box) owns(l *Letter, object string) bool {
+	subject, err := b.ns.DeadLetterSubject(l.Class, l.Creator, l.Operation, l.RequestID)
+	if err != nil {
+		return false
+	}
+	whose := strings.TrimPrefix(subject, b.ns.Subject("dlq", string(l.Class))+".")
+	rest, ok := strings.CutPrefix(object, "dlq."+whose)
+	return ok && (rest == "" || rest[0] == '.') // "" in an earlier version
+}
+
+// Drop deletes a dead letter, and its payload if that is in the object store. Either may be gone
+// already.
 func (b *Box) Drop(ctx context.Context, l Letter) error {
 	if err := b.stream.DeleteMsg(ctx, l.Sequence); err != nil && !errors.Is(err, jetstream.ErrMsgDeleteUnsuccessful) && !notThere(err) {
 		return fmt.Errorf("delete the dead letter of %s: %w", l.RequestID, err)
+	}
+	bucket, object := l.Header.Get(publisher.HeaderBodyBucket), l.Header.Get(publisher.HeaderBodyObject)
+	if object == "" || bucket != b.ns.Stream(publisher.Bodies) || !b.owns(&l, object) {
+		return nil
+	}
+	store, err := b.js.ObjectStore(ctx, bucket)
+	if err == nil {
+		err = store.Delete(ctx, object)
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
+		return fmt.Errorf("delete the payload of the dead letter of %s, object %s of %s: %w", l.RequestID, object, bucket, err)
 	}
 	return nil
 }
