@@ -8,7 +8,7 @@ import (
 )
 
 // breaker is a circuit breaker that can say until when it is open, which
-// gobreaker cannot. Whoever uses it holds the lock of what it belongs to.
+// gobreaker cannot. The caller must hold the lock of the gate that owns it.
 //
 // It exists only while there is something to remember: the first failure makes
 // it and the success that closes it or clears its count ends it, so that a healthy creator
@@ -118,12 +118,24 @@ func (b *breaker) record(t *ticket, o Outcome) (opened, closed bool) {
 	switch o {
 	case Success:
 		done(nil)
-	case Failed:
+	case Failed, FailedAlone:
 		done(errFailed)
 	default:
 		done(errExcluded)
 	}
 	return !b.openUntil.Equal(wasUntil), !wasClosed && b.closed()
+}
+
+// trouble is the number of failures in a row of a creator; all that
+// count where its breaker is not closed.
+func (b *breaker) trouble() int {
+	switch {
+	case b == nil:
+		return 0
+	case b.state != gobreaker.StateClosed:
+		return troubleMost
+	}
+	return int(b.cb.Counts().ConsecutiveFailures)
 }
 
 func (b *breaker) closed() bool { return b == nil || b.state == gobreaker.StateClosed }

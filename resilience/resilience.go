@@ -8,73 +8,15 @@
 // provider's breaker, the account's limit, the worker's calls in flight) lives
 // in [Gates].
 //
-// A gate never blocks, reads no clock and starts no goroutine. It gives whoever
-// waits a turn of its own ([Gate.Turn]); waiting itself is the caller's.
+// A gate never blocks, reads no clock and starts no goroutine. It plans nothing
+// either: waiting, and in which order, is the caller's.
 package resilience
 
 import (
 	"errors"
 	"fmt"
-	"math"
-	"strconv"
-	"strings"
 	"time"
-
-	"golang.org/x/time/rate"
 )
-
-// Rate allows PerSecond calls a second on average and Burst at once.
-type Rate struct {
-	PerSecond float64 // 0: no limit
-	Burst     int     // at least 1 where there is a limit
-}
-
-var ratePer = map[string]time.Duration{"s": time.Second, "m": time.Minute, "h": time.Hour, "d": 24 * time.Hour}
-
-// ParseRate reads a rate as people write it: 60/m, 10/s, 600/h, 5000/d, or
-// inf for no limit, which is +Inf calls a second.
-func ParseRate(s string) (calls float64, per time.Duration, err error) {
-	if s == "inf" || s == "unlimited" {
-		return math.Inf(1), time.Second, nil
-	}
-	n, unit, ok := strings.Cut(s, "/")
-	calls, err = strconv.ParseFloat(n, 64)
-	per = ratePer[unit]
-	if !ok || err != nil || per == 0 || calls <= 0 || math.IsInf(calls, 0) || math.IsNaN(calls) {
-		return 0, 0, fmt.Errorf("a rate is calls per s, m, h or d, such as 60/m, or inf; not %q", s)
-	}
-	return calls, per, nil
-}
-
-func (r Rate) unlimited() bool { return r.PerSecond <= 0 }
-
-func (r Rate) check(what string) error {
-	switch {
-	case r.PerSecond < 0 || math.IsNaN(r.PerSecond) || math.IsInf(r.PerSecond, 0):
-		return fmt.Errorf("%s: rate must be a number of calls a second from 0 (no limit), not %v", what, r.PerSecond)
-	case !r.unlimited() && r.Burst < 1:
-		return fmt.Errorf("%s: burst must be at least 1, not %d", what, r.Burst)
-	}
-	return nil
-}
-
-func (r Rate) limiter() *rate.Limiter {
-	if r.unlimited() {
-		return nil
-	}
-	return rate.NewLimiter(rate.Limit(r.PerSecond), r.bucket())
-}
-
-// bucket is the burst less what may arrive late, see transit.
-func (r Rate) bucket() int { return r.Burst - int(r.PerSecond*r.slack().Seconds()) }
-
-// interval is the time between two calls at this rate, 0 without a limit.
-func (r Rate) interval() time.Duration {
-	if r.unlimited() {
-		return 0
-	}
-	return time.Duration(float64(time.Second) / r.PerSecond)
-}
 
 // Limits is what one creator may do.
 type Limits struct {
@@ -86,7 +28,7 @@ type Limits struct {
 	Concurrency int
 }
 
-// Check says what is wrong with l.
+// Check says which of its values cannot be.
 func (l Limits) Check() error {
 	errs := []error{l.Rate.check("creator limit")}
 	if l.Read != nil {
@@ -111,7 +53,7 @@ type Breaker struct {
 // Config is what a worker's gates are made from.
 type Config struct {
 	Creator  Limits
-	Account  Rate // over all creators and workers, see Gates.Fund
+	Account  Rate // over all creators and workers, see Gates.AddTokens
 	InFlight int  // calls at once in this worker
 	Breaker  Breaker
 }
@@ -151,8 +93,16 @@ type Outcome uint8
 const (
 	// Success: the API answered as it should.
 	Success Outcome = iota
-	// Failed: a server error, a timeout, a network error.
+	// Failed: trouble that can be the provider's (502, 503, 504, a timeout, a
+	// network error).
 	Failed
-	// Excluded: it says nothing about health (4xx, 429, 402, or we gave up).
+	// FailedAlone: trouble that concerns this creator's request (500 and the
+	// like). Only the creator's breaker counts it.
+	FailedAlone
+	// Excluded: the API answered, and the answer says nothing about health (4xx, 429, 402).
 	Excluded
+	// NotMade: no call was made, or its end is not known because it was cut off.
+	NotMade
 )
+
+func (o Outcome) failed() bool { return o == Failed || o == FailedAlone }
