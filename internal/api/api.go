@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -29,6 +30,7 @@ type Config struct {
 	Headers       map[string]string // sent with every call
 	Timeout       time.Duration     // of a whole call, unless its operation has one
 	MaxBody       int64             // bytes of a decoded answer
+	Memory        int64             // bytes of answers that are read or not yet stored, at once; 0: a quarter of what the process may have
 	InFlight      int               // calls at once, for the pool of connections
 	UserAgent     string
 	Operations    map[string]Operation // "*" stands for all that are not named
@@ -41,6 +43,7 @@ type Operation struct {
 	Path    string
 	Query   map[string]string
 	Payload bool // send the request's payload as the body
+	JSON    bool // a success has to be JSON
 	Timeout time.Duration
 }
 
@@ -51,6 +54,7 @@ type Client struct {
 	header    http.Header // of every call
 	transport *http.Transport
 	ops       map[string]*operation
+	memory    *memory
 
 	credentials *credentials
 }
@@ -72,9 +76,15 @@ type queryTemplate struct {
 func New(cfg Config) (*Client, error) {
 	base, err := url.Parse(cfg.BaseURL)
 	if err != nil || base.Host == "" || base.Scheme != "http" && base.Scheme != "https" {
-		return nil, fmt.Errorf("base URL %q must be absolute, http or https", cfg.BaseURL)
+		return nil, errors.New("the base URL must be absolute, http or https")
 	}
-	c := &Client{cfg: cfg, base: base, ops: make(map[string]*operation), header: http.Header{
+	if !printable(cfg.KeyPrefix + cfg.Key) {
+		return nil, errors.New("the API key has a character that no header can carry, such as a line break at its end")
+	}
+	if cfg.Memory <= 0 {
+		cfg.Memory = defaultMemory()
+	}
+	c := &Client{cfg: cfg, base: base, memory: newMemory(cfg.Memory, cfg.InFlight), ops: make(map[string]*operation), header: http.Header{
 		"Accept":     {"application/json"},
 		"User-Agent": {cfg.UserAgent},
 	}}
@@ -95,6 +105,8 @@ func New(cfg Config) (*Client, error) {
 		MaxIdleConnsPerHost: cfg.InFlight, // the default of 2 would dial for almost every call
 		IdleConnTimeout:     30 * time.Second,
 		TLSHandshakeTimeout: 10 * time.Second,
+
+		MaxResponseHeaderBytes: 1 << 20,
 	}
 	c.credentials = newCredentials(&cfg, c.transport)
 	return c, nil
@@ -107,6 +119,9 @@ func compile(op Operation) (*operation, error) {
 	o := &operation{Operation: op}
 	var err error
 	if o.path, err = parseTemplate(op.Path); err != nil {
+		return nil, fmt.Errorf("path: %w", err)
+	}
+	if err := o.path.escapeLiterals(); err != nil {
 		return nil, fmt.Errorf("path: %w", err)
 	}
 	o.fields = o.path.fields()
@@ -138,9 +153,39 @@ func (c *Client) Prepare(r *publisher.Request) (func(context.Context) classify.A
 	if err != nil {
 		return nil, err
 	}
+	header, err := c.headerOf(op, r)
+	if err != nil {
+		return nil, err
+	}
+	var body []byte
+	if op.Payload {
+		body = r.Payload
+	}
+	timeout := op.Timeout
+	if timeout == 0 {
+		timeout = c.cfg.Timeout
+	}
+	return func(ctx context.Context) classify.Answer {
+		ctx, cancel := context.WithTimeout(ctx, timeout)
+		defer cancel()
+		req := &http.Request{
+			// net/http may still read the header of an earlier call that timed out.
+			Method: op.Method, URL: target, Host: target.Host, Header: maps.Clone(header),
+			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		}
+		used := c.credentials.current.Load()
+		a := c.do(ctx, req, op, body, used)
+		a.Credentials = used.number
+		return a
+	}, nil
+}
+
+// headerOf returns the header of a call but for its credentials.
+func (c *Client) headerOf(op *operation, r *publisher.Request) (http.Header, error) {
 	header := c.header.Clone()
 	if c.cfg.CreatorHeader != "" {
-		if !printable(r.Creator) {
+		// HTTP trims blanks: two creators would be one.
+		if !printable(r.Creator) || strings.Trim(r.Creator, " \t") != r.Creator {
 			return nil, fmt.Errorf("creator %q cannot be sent in the header %s", r.Creator, c.cfg.CreatorHeader)
 		}
 		header[c.cfg.CreatorHeader] = []string{r.Creator}
@@ -152,50 +197,32 @@ func (c *Client) Prepare(r *publisher.Request) (func(context.Context) classify.A
 		header["Traceparent"] = []string{r.Traceparent}
 	}
 	if !op.safe {
-		// The same on every attempt, so that an API that honours it does
-		// once what it is asked twice.
-		key := r.ID
-		if !printable(key) {
-			key = publisher.IDToken(key)
-		}
 		// Spelled so that http.Transport does not know it, see once.
-		header["idempotency-key"] = []string{key}
+		header["idempotency-key"] = []string{idempotencyKey(r.ID)}
 	}
-	var body []byte
 	if op.Payload {
-		body = r.Payload
 		contentType := r.Header.Get("Content-Type")
 		if contentType == "" || !printable(contentType) {
 			contentType = "application/json"
 		}
 		header["Content-Type"] = []string{contentType}
 	}
-	timeout := op.Timeout
-	if timeout == 0 {
-		timeout = c.cfg.Timeout
+	return header, nil
+}
+
+// idempotencyKey is the same on every attempt, so that an API that honours it does
+// once what it is asked twice, and another for every id. An id that a header would
+// change is encoded; then it has a =, as no other key has.
+func idempotencyKey(id string) string {
+	if !printable(id) || strings.Trim(id, " \t") != id || strings.Contains(id, "=") {
+		return publisher.IDToken(id)
 	}
-	return func(ctx context.Context) classify.Answer {
-		ctx, cancel := context.WithTimeout(ctx, timeout)
-		defer cancel()
-		req := (&http.Request{
-			Method: op.Method, URL: target, Host: target.Host, Header: header,
-			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-		}).WithContext(ctx)
-		once(req, op.safe, body)
-		used := c.credentials.current.Load()
-		if name := c.credentials.header; name != "" {
-			// As it is spelled: some providers compare it byte by byte.
-			req.Header[name] = used.value
-		}
-		a := c.do(req)
-		a.Credentials = used.number
-		return a
-	}, nil
+	return id
 }
 
 // once gives req its body in a way that http.Transport cannot send a second time.
-// On a connection that breaks before the answer comes, it repeats by itself
-// what is safe or carries an Idempotency-Key, if the body can be had again: a call
+// On a connection that breaks before the answer comes, it repeats by itself a call that
+// is safe or carries an Idempotency-Key, if the body can be had again: a call
 // that no limiter has seen and that would break the API's limit.
 func once(req *http.Request, safe bool, body []byte) {
 	switch {
@@ -226,6 +253,10 @@ func (c *Client) target(op *operation, r *publisher.Request) (*url.URL, error) {
 		return nil, fmt.Errorf("path: %w", err)
 	}
 	target := &url.URL{Scheme: c.base.Scheme, Host: c.base.Host, Path: plain, RawPath: escaped}
+	if target.EscapedPath() != escaped {
+		// It would be sent as something else, in which a value may have become a path.
+		return nil, errors.New("path: it cannot be sent as it is written; percent-encode the special characters of the operation's path")
+	}
 	if len(op.query) > 0 {
 		query := make(url.Values, len(op.query))
 		for _, q := range op.query {
@@ -238,35 +269,6 @@ func (c *Client) target(op *operation, r *publisher.Request) (*url.URL, error) {
 		target.RawQuery = query.Encode()
 	}
 	return target, nil
-}
-
-// do makes the call. Redirects are not followed: they are an answer, and lead
-// to hosts that nobody configured.
-func (c *Client) do(req *http.Request) classify.Answer {
-	resp, err := c.transport.RoundTrip(req)
-	if err != nil {
-		return classify.Answer{Err: err}
-	}
-	defer resp.Body.Close()
-	a := classify.Answer{Status: resp.StatusCode, Header: resp.Header}
-	a.Body, err = io.ReadAll(io.LimitReader(resp.Body, c.cfg.MaxBody+1))
-	switch {
-	case int64(len(a.Body)) > c.cfg.MaxBody:
-		a.Body, a.Truncated = a.Body[:c.cfg.MaxBody], true
-	case err != nil && resp.StatusCode < 300:
-		// Half an answer is none.
-		return classify.Answer{Err: fmt.Errorf("read the answer: %w", noURL(err))}
-	}
-	return a
-}
-
-// noURL takes a URL, which may carry what a request asked for, out of an error.
-func noURL(err error) error {
-	var u *url.Error
-	if errors.As(err, &u) {
-		return u.Err
-	}
-	return err
 }
 
 // printable reports whether s may stand in an HTTP header (RFC 9110 section 5.5).

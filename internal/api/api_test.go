@@ -2,11 +2,13 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -134,8 +136,70 @@ func TestMalformed(t *testing.T) {
 			}
 		})
 	}
-	if _, err := c.Prepare(&publisher.Request{ID: "1", Creator: "a\nb", Operation: "send"}); err == nil {
-		t.Error("a creator with a line break went into a header")
+	// HTTP trims blanks: the API would take "alice " for alice, and "" for " ".
+	for _, creator := range []string{"a\nb", "a\x00", "alice ", " alice", "alice\t", "\talice", " ", "\t"} {
+		if _, err := c.Prepare(&publisher.Request{ID: "1", Creator: creator, Operation: "send"}); err == nil {
+			t.Errorf("creator %q went into a header", creator)
+		}
+	}
+	if _, err := c.Prepare(&publisher.Request{ID: "1", Creator: "lily rose", Operation: "send"}); err != nil {
+		t.Error(err)
+	}
+	plain := newClient(t, http.NotFoundHandler(), func(cfg *Config) { cfg.CreatorHeader = "" })
+	if _, err := plain.Prepare(&publisher.Request{ID: "1", Creator: "alice ", Operation: "send"}); err != nil {
+		t.Errorf("in a path a blank stays: %v", err)
+	}
+}
+
+// TestValueStaysASegment, whatever characters the operation's path has.
+func TestValueStaysASegment(t *testing.T) {
+	for _, path := range []string{
+		"/v1/größe/{id}/end", "/v1/a b/{id}/end", "/v1/\"|^\\<>`/{id}/end", "/v1/[x]/{id}/end", "/v1/%2e%2e/{id}/end", "/v1/a+b,c;d=e/{id}/end", "/v1/\x7f\x01/{id}/end",
+		"/v1/%C3%B6/{id}/end", "//evil/{id}/end",
+	} {
+		var got string
+		c := newClient(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got = r.RequestURI }), func(cfg *Config) {
+			cfg.Operations = map[string]Operation{"op": {Method: "GET", Path: path}}
+		})
+		for _, id := range []string{"../../../admin", "a/b", "..%2f..", "größe", "x y", "%", "?a=b", "#", "plain"} {
+			got = ""
+			payload, err := json.Marshal(map[string]string{"id": id})
+			if err != nil {
+				t.Fatal(err)
+			}
+			call, err := c.Prepare(&publisher.Request{ID: "1", Creator: "c", Operation: "op", Payload: payload})
+			if err != nil {
+				t.Errorf("%s with %s: %v", path, id, err)
+				continue
+			}
+			call(t.Context())
+			segments := strings.Split(got, "/")
+			if len(segments) != strings.Count(path, "/")+2 || segments[len(segments)-1] != "end" || segments[len(segments)-2] != url.PathEscape(id) {
+				t.Errorf("%s with %s: called %s", path, id, got)
+			}
+		}
+	}
+	for _, path := range []string{"/%", "/%/{id}", "/%zz", "/a%2"} {
+		if _, err := New(Config{BaseURL: "http://example.com", Operations: map[string]Operation{"op": {Method: "GET", Path: path}}}); err == nil || !strings.Contains(err.Error(), "%25") {
+			t.Errorf("%s is taken for a path: %v", path, err)
+		}
+	}
+}
+
+// TestIdempotencyKeys are one to one with ids, on the wire too.
+func TestIdempotencyKeys(t *testing.T) {
+	ids := []string{"hook:1", "id 1", "tail", "tail ", " tail", "tail\t", "tail=20", "a\x00b", "a=00b", "a=3D00b", "a\nb", "é"}
+	byKey := map[string]string{}
+	for _, id := range ids {
+		got, _ := seen(t, &publisher.Request{ID: id, Creator: "c", Operation: "send", Payload: []byte("{}")})
+		key := got.Header.Get("Idempotency-Key")
+		if other, taken := byKey[key]; taken || key == "" {
+			t.Errorf("%q and %q have the key %q", id, other, key)
+		}
+		byKey[key] = id
+	}
+	if byKey["hook:1"] != "hook:1" || byKey["id 1"] != "id 1" {
+		t.Errorf("plain ids are changed: %v", byKey)
 	}
 }
 

@@ -34,6 +34,26 @@ func parseTemplate(s string) (template, error) {
 	}
 }
 
+// escapeLiterals percent-encodes the bytes of a path's literals that cannot stand in a
+// path. A percent sign in them starts an encoded byte.
+func (t template) escapeLiterals() error {
+	for i := 0; i < len(t); i += 2 {
+		if _, err := url.PathUnescape(t[i]); err != nil {
+			return fmt.Errorf("in %q a %% is followed by no two hexadecimal digits; write %%25 for a percent sign", t[i])
+		}
+		var b strings.Builder
+		for _, c := range []byte(t[i]) {
+			if c <= ' ' || c >= 0x7f || strings.IndexByte("\"<>\\^`{|}?#", c) >= 0 {
+				fmt.Fprintf(&b, "%%%02X", c)
+			} else {
+				b.WriteByte(c)
+			}
+		}
+		t[i] = b.String()
+	}
+	return nil
+}
+
 // fields reports whether a name is one of the payload's.
 func (t template) fields() bool {
 	for i := 1; i < len(t); i += 2 {

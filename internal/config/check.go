@@ -98,6 +98,8 @@ func (c *Config) problems() (found []problem) {
 	between("retry.throttled", c.Retry.Throttled, 0, 100_000)
 	positive("retry.max_age", c.Retry.MaxAge)
 
+	must(c.Results.IDInSubject == nil || *c.Results.IDInSubject, "results.id_in_subject",
+		"was removed: the id is always part of a result's subject, or a request could get two outcomes; delete the line, and lower results.max_age if the server's memory is short")
 	must(c.Results.MaxAge >= 10*time.Minute, "results.max_age", "must be at least 10m, in which duplicates are known, not %v", c.Results.MaxAge)
 	positive("dlq.max_age", c.DLQ.MaxAge)
 	must(c.BacklogPerSubject >= 1, "backlog_per_subject", "must be at least 1, not %d", c.BacklogPerSubject)
@@ -106,25 +108,33 @@ func (c *Config) problems() (found []problem) {
 
 	for name, op := range c.Operations {
 		path := "operations." + quotePath(name)
-		must(slices.Contains(methods, op.Method), path+".method", "must be one of %s, not %q", strings.Join(methods, ", "), op.Method)
-		must(strings.HasPrefix(op.Path, "/") && balanced(op.Path) && !strings.ContainsAny(op.Path, "?#"), path+".path",
-			"must start with / and may have {name}s, but no query (use query), not %q", op.Path)
-		for key, value := range op.Query {
-			must(balanced(value), path+".query."+quotePath(key), "must be text that may have {name}s, not %q", value)
-		}
-		must(slices.Contains([]string{"", "none", "payload"}, op.Body), path+".body", "must be payload or none, not %q", op.Body)
-		must(op.Body != "payload" || op.Method != http.MethodGet && op.Method != http.MethodHead, path+".body", "cannot be sent with %s", op.Method)
-		must(slices.Contains([]string{"", "fail", "empty"}, op.NotFound), path+".not_found", "must be fail or empty, not %q", op.NotFound)
-		must(slices.Contains([]string{"", "dead_letter", "retry"}, op.Uncertain), path+".uncertain", "must be dead_letter or retry, not %q", op.Uncertain)
-		must(op.Uncertain == "" || op.Idempotent != nil && !*op.Idempotent, path+".uncertain", "is for operations with idempotent: false")
-		must(op.Timeout >= 0, path+".timeout", "must not be negative")
-		if r := op.Retry; r != nil {
-			must(r.Attempts >= 0 && r.Attempts <= 100, path+".retry.attempts", "must be 1 to 100, not %d", r.Attempts)
-			must(r.Base >= 0 && r.Max >= 0, path+".retry", "must not have negative durations")
-		}
+		op.check(path, must)
 	}
 	slices.SortFunc(found, func(a, b problem) int { return strings.Compare(a.path, b.path) })
 	return found
+}
+
+// check says through must what cannot be meant of an operation, which is at path.
+func (o Operation) check(path string, must func(ok bool, path, format string, args ...any)) {
+	must(slices.Contains(methods, o.Method), path+".method", "must be one of %s, not %q", strings.Join(methods, ", "), o.Method)
+	must(strings.HasPrefix(o.Path, "/") && balanced(o.Path) && !strings.ContainsAny(o.Path, "?#"), path+".path",
+		"must start with / and may have {name}s, but no query (use query), not %q", o.Path)
+	_, err := url.PathUnescape(placeholders.ReplaceAllString(o.Path, "x"))
+	must(err == nil, path+".path", "has a %% that is followed by no two hexadecimal digits; write %%25 for a percent sign")
+	for key, value := range o.Query {
+		must(balanced(value), path+".query."+quotePath(key), "must be text that may have {name}s, not %q", value)
+	}
+	must(slices.Contains([]string{"", "none", "payload"}, o.Body), path+".body", "must be payload or none, not %q", o.Body)
+	must(o.Body != "payload" || o.Method != http.MethodGet && o.Method != http.MethodHead, path+".body", "cannot be sent with %s", o.Method)
+	must(slices.Contains([]string{"", "fail", "empty"}, o.NotFound), path+".not_found", "must be fail or empty, not %q", o.NotFound)
+	must(o.Expect == "" || o.Expect == "json", path+".expect", "must be json, or left out, not %q", o.Expect)
+	must(slices.Contains([]string{"", "dead_letter", "retry"}, o.Uncertain), path+".uncertain", "must be dead_letter or retry, not %q", o.Uncertain)
+	must(o.Uncertain == "" || o.Idempotent != nil && !*o.Idempotent, path+".uncertain", "is for operations with idempotent: false")
+	must(o.Timeout >= 0, path+".timeout", "must not be negative")
+	if r := o.Retry; r != nil {
+		must(r.Attempts >= 0 && r.Attempts <= 100, path+".retry.attempts", "must be 1 to 100, not %d", r.Attempts)
+		must(r.Base >= 0 && r.Max >= 0, path+".retry", "must not have negative durations")
+	}
 }
 
 // SendsPayload reports whether the payload is the call's body, which it is by

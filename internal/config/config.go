@@ -122,6 +122,7 @@ type Operation struct {
 	Query      map[string]string `yaml:"query,omitempty"`
 	Body       string            `yaml:"body,omitempty"`      // payload or none
 	NotFound   string            `yaml:"not_found,omitempty"` // fail or empty
+	Expect     string            `yaml:"expect,omitempty"`    // json
 	Idempotent *bool             `yaml:"idempotent,omitempty"`
 	Uncertain  string            `yaml:"uncertain,omitempty"` // dead_letter or retry
 	Timeout    time.Duration     `yaml:"timeout,omitempty"`
@@ -137,8 +138,10 @@ type OperationRetry struct {
 
 // Results is how answers are kept.
 type Results struct {
-	IDInSubject bool          `yaml:"id_in_subject"`
-	MaxAge      time.Duration `yaml:"max_age"`
+	MaxAge time.Duration `yaml:"max_age"`
+
+	// IDInSubject was removed. Files that say true say what is the case, and stay valid.
+	IDInSubject *bool `yaml:"id_in_subject,omitempty" removed:"true"`
 }
 
 // DLQ is how dead letters are kept.
@@ -166,7 +169,7 @@ func Default() Config {
 		},
 		Breaker:           Breaker{Failures: 5, OpenFor: time.Minute, Successes: 2},
 		Retry:             Retry{Attempts: 4, Base: time.Second, Max: 30 * time.Second, Jitter: 0.3, Throttled: 20, MaxAge: 24 * time.Hour},
-		Results:           Results{IDInSubject: true, MaxAge: 72 * time.Hour},
+		Results:           Results{MaxAge: 72 * time.Hour},
 		DLQ:               DLQ{MaxAge: 30 * 24 * time.Hour},
 		BacklogPerSubject: 100_000,
 		ShutdownGrace:     20 * time.Second,

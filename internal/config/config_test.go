@@ -59,6 +59,9 @@ func TestSampleIsComplete(t *testing.T) {
 		}
 		for i := range typ.NumField() {
 			name, _, _ := strings.Cut(typ.Field(i).Tag.Get("yaml"), ",")
+			if _, removed := typ.Field(i).Tag.Lookup("removed"); removed {
+				continue
+			}
 			if name != "" && !regexp.MustCompile(`\b`+name+`:`).Match(text) {
 				t.Errorf("%s.%s is not in the sample", typ.Name(), name)
 			}
@@ -108,6 +111,8 @@ func TestErrorsSayWhereAndWhat(t *testing.T) {
 		"several":        {"partitions: 0\nretry: {jitter: 2}\n", []string{"partitions must be 1 to 1024, not 0", "retry.jitter must be 0 to 1, not 2"}},
 		"method":         {"operations: {a: {method: FETCH, path: /x}}\n", []string{"h.yaml:1:26: operations.a.method must be one of GET"}},
 		"path":           {"operations:\n  \"*\": {method: GET, path: \"/x/{\"}\n", []string{"path must start with /"}},
+		"percent":        {"operations: {a: {method: GET, path: /x/%/y}}\n", []string{"h.yaml:1:37: operations.a.path has a % that is followed by no two", "%25"}},
+		"expect":         {"operations: {a: {method: GET, path: /x, expect: xml}}\n", []string{"operations.a.expect must be json"}},
 		"body of a GET":  {"operations: {a: {method: GET, path: /x, body: payload}}\n", []string{"cannot be sent with GET"}},
 		"base URL":       {"provider: {base_url: api.example.com}\n", []string{"absolute http or https URL"}},
 		"user in URL":    {"provider: {base_url: \"https://u:hunter2@api.example.com\"}\n", []string{"without user"}},
@@ -133,14 +138,14 @@ func TestEnvironment(t *testing.T) {
 	text := []byte("partitions: 8\nprovider: {auth: {header: k, env: HEADGATE_MY_KEY}}\nlimits: {account: {rate: 1/s, burst: 1}}\n")
 	c, err := Parse("h.yaml", text, []string{
 		"HEADGATE_PARTITIONS=16", "HEADGATE_LIMITS_CREATOR_RATE=30/m", "HEADGATE_LIMITS_CREATOR_BURST=7", "HEADGATE_PROVIDER_TIMEOUT=3s",
-		"HEADGATE_RESULTS_ID_IN_SUBJECT=false", "HEADGATE_RETRY_JITTER=0.5", "HEADGATE_PROVIDER_MAX_RESPONSE_BYTES=1MiB",
+		"HEADGATE_RESULTS_ID_IN_SUBJECT=true", "HEADGATE_RESULTS_MAX_AGE=24h", "HEADGATE_RETRY_JITTER=0.5", "HEADGATE_PROVIDER_MAX_RESPONSE_BYTES=1MiB",
 		"HEADGATE_LIMITS_ACCOUNT_RATE=2/s", "HEADGATE_MY_KEY=secret", "HEADGATE_CONFIG=h.yaml", "PATH=/bin",
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if c.Partitions != 16 || c.Limits.Creator.Rate.PerSecond() != 0.5 || c.Limits.Creator.Burst != 7 || c.Provider.Timeout != 3*time.Second ||
-		c.Results.IDInSubject || c.Retry.Jitter != 0.5 || c.Provider.MaxResponseBytes != 1<<20 || c.Limits.Account.Rate.PerSecond() != 2 {
+		c.Results.MaxAge != 24*time.Hour || c.Retry.Jitter != 0.5 || c.Provider.MaxResponseBytes != 1<<20 || c.Limits.Account.Rate.PerSecond() != 2 {
 		t.Errorf("got %+v", c)
 	}
 	for entry, want := range map[string]string{
@@ -268,4 +273,24 @@ func FuzzParse(f *testing.F) {
 			_ = fmt.Sprint(err)
 		}
 	})
+}
+
+// The knob was removed: files with its former default stay valid, those that switch it off learn
+// why they are refused.
+func TestIDInSubjectWasRemoved(t *testing.T) {
+	if _, err := Parse("h.yaml", []byte("results:\n  id_in_subject: true\n"), nil); err != nil {
+		t.Error(err)
+	}
+	const want = "results.id_in_subject was removed: "
+	if _, err := Parse("h.yaml", []byte("results:\n  id_in_subject: false\n"), nil); err == nil || !strings.Contains(err.Error(), "h.yaml:2:18: "+want) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := Parse("", nil, []string{"HEADGATE_RESULTS_ID_IN_SUBJECT=false"}); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v", err)
+	}
+	c := Default()
+	text, err := c.Redacted()
+	if err != nil || strings.Contains(string(text), "id_in_subject") {
+		t.Errorf("%v: %s", err, text)
+	}
 }

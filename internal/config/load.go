@@ -134,7 +134,7 @@ func variable(name string) string {
 
 // override sets every scalar that a variable names: HEADGATE_ and its path, in upper
 // case and joined by _. Variables that name nothing are an error, since a typing
-// error would else go unseen.
+// error would otherwise go unseen.
 func (c *Config) override(environ []string) error {
 	knobs := map[string]reflect.Value{}
 	collect(reflect.ValueOf(c).Elem(), "", knobs)
@@ -193,6 +193,12 @@ func setText(v reflect.Value, s string) (err error) {
 		if *target, err = strconv.ParseBool(s); err != nil {
 			return fmt.Errorf("must be true or false, not %q", s)
 		}
+	case **bool:
+		value, err := strconv.ParseBool(s)
+		if err != nil {
+			return fmt.Errorf("must be true or false, not %q", s)
+		}
+		*target = &value
 	case *int:
 		if *target, err = strconv.Atoi(s); err != nil {
 			return fmt.Errorf("must be a whole number, not %q", s)
@@ -211,7 +217,7 @@ func setText(v reflect.Value, s string) (err error) {
 	return nil
 }
 
-// nearest is the knob whose name shares the most with what somebody typed.
+// nearest is the knob whose name shares the most with the one that was typed.
 func nearest(name string, knobs map[string]reflect.Value) string {
 	best, most := "", -1
 	names := make([]string, 0, len(knobs))
