@@ -57,7 +57,7 @@ func Expires(after int, relinked func() bool, otherwise Behaviour) Behaviour {
 // Down breaks every connection.
 func Down(int, *rand.Rand) Response { return Response{} }
 
-// Hangs answers nobody who does not wait for an hour.
+// Hangs answers after an hour.
 func Hangs(int, *rand.Rand) Response { return Response{After: time.Hour, Status: 200} }
 
 // Always is the same answer to every call.

@@ -45,7 +45,7 @@ type creator struct {
 	inFlight int
 	most     int
 	statuses map[int]int
-	from     time.Time // the window in which nobody may call
+	from     time.Time // the window in which no call may come
 	until    time.Time
 	early    int // calls that began inside a window
 	starts   []time.Time

@@ -69,7 +69,7 @@ func Start(cfg Config) (*Server, error) {
 			}
 			return s, err
 		}
-		// Somebody has it, and tells where once they accept connections.
+		// Another process has it, and tells where once it accepts connections.
 		if s, err := find(cfg.Dir); err == nil {
 			return s, nil
 		}

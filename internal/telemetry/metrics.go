@@ -83,7 +83,7 @@ func (m *Metrics) Settled(class classify.Class, calls int) {
 	}
 }
 
-// Watch adds what is counted when somebody asks.
+// Watch adds the figures that are counted when they are read.
 func (m *Metrics) Watch(snapshot func() consumer.Snapshot) {
 	m.Registry.MustRegister(&snapshots{snapshot})
 }
@@ -101,7 +101,7 @@ var (
 	waitingDesc    = gauge("requests_waiting", "Requests that wait for their turn, in the worker or set aside at the server.", "where")
 	creatorsDesc   = gauge("creators", "Creators that this worker remembers, by state of their circuit breaker.", "breaker")
 	heldDesc       = gauge("creators_held", "Creators that are held, by class of the answer that caused it, or operator.", "reason")
-	blockedDesc    = gauge("blocked", "1 while nobody is called, by what is held.", "scope")
+	blockedDesc    = gauge("blocked", "1 while no creator is called, by what is held.", "scope")
 	backlogDesc    = gauge("backlog_requests", "Requests stored, over all workers.")
 	creditsDesc    = gauge("credits_used_today", "What calls have cost today (UTC), over all workers, where the API says so.")
 	perDayDesc     = gauge("credits_per_day", "What they may cost; 0 for no limit.")
