@@ -12,6 +12,8 @@ import (
 	"github.com/rs/zerolog"
 
 	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/broker"
+	"github.com/headgate-io/headgate/internal/control"
 	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
 )
@@ -20,7 +22,7 @@ import (
 // says what they cost.
 type Credits struct {
 	PerDay float64 // 0: no limit; they are counted all the same
-	// Hold holds the account when they are used up, until the day ends, or somebody
+	// Hold holds the account when they are used up, until the day ends, or an operator
 	// releases it: then the day goes on without another hold.
 	Hold bool
 }
@@ -29,7 +31,7 @@ const (
 	// creditsEvery is how often a worker adds what its calls cost to the fleet's count.
 	creditsEvery = 2 * time.Second
 
-	// creditsWarn is the part of a day's credits of which somebody is told.
+	// creditsWarn is the share of the day's credits at which an event is published.
 	creditsWarn = 80 // percent
 
 	budgetCredits = "credits." // + the day, in BUDGETS
@@ -141,7 +143,7 @@ func (c *credits) count(ctx context.Context, day string, more storedCredits) (st
 		switch {
 		case err == nil:
 			return s, nil
-		case writtenBetween(err) && ctx.Err() == nil:
+		case broker.TroubleOf(err) == broker.WrittenBetween && ctx.Err() == nil:
 		default:
 			return s, fmt.Errorf("count credits: %w", err)
 		}
@@ -196,7 +198,7 @@ func (w *Worker) weigh(ctx context.Context, today storedCredits, now time.Time) 
 	c.mu.Unlock()
 	if tell {
 		w.log.Warn().Float64("spent", today.Spent).Float64("per_day", c.cfg.PerDay).Int("percent", percent).Msg("credits of the day are used")
-		w.event(publisher.Event{
+		w.events.send(publisher.Event{
 			Kind: publisher.CreditsThreshold, Percent: percent, Once: fmt.Sprintf("%s:%d", day, percent),
 			Reason: fmt.Sprintf("%.0f of %.0f credits of %s are used", today.Spent, c.cfg.PerDay, day),
 		})
@@ -208,12 +210,11 @@ func (w *Worker) weigh(ctx context.Context, today storedCredits, now time.Time) 
 		Since: now, Until: now.UTC().Truncate(24 * time.Hour).Add(24 * time.Hour), Class: classify.QuotaExceeded, Who: w.cfg.Name,
 		Reason: fmt.Sprintf("the credits of %s are used up (limits.credits_per_day)", day),
 	}
-	if w.gates.HoldAccount(h) { // else it is held for as long already
-		w.holds.keep(holdAccount, h, 0)
-		if err := w.holds.store(ctx, holdAccount, h); err != nil {
+	if w.shared.gates.HoldAccount(resilience.ByAPI, h) { // otherwise it is held for as long already
+		if err := w.holds.Put(ctx, control.Target{Kind: control.Account}, h); err != nil {
 			w.log.Error().Err(err).Msg("the account's hold is known to this worker only, until it can be stored; trying again")
 		}
-		w.event(publisher.Event{Kind: publisher.AccountHeld, Class: h.Class, Reason: h.Reason, Until: until(h.Until), Once: h.Until.Format(time.RFC3339)})
+		w.events.send(publisher.Event{Kind: publisher.AccountHeld, Class: h.Class, Reason: h.Reason, Until: until(h.Until), Once: h.Until.Format(time.RFC3339)})
 	}
 	total, err := c.count(ctx, day, storedCredits{Held: true})
 	if err == nil {

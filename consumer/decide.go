@@ -31,24 +31,39 @@ func DefaultRetry() Retry {
 	}
 }
 
-// fate is what becomes of a request after a call.
-type fate uint8
+// action is what is to be done with a request.
+type action uint8
 
 const (
-	succeed fate = iota
-	retry
-	bury // dead letter
+	call         action = iota // call the API; explain's usual answer
+	succeed                    // store the result
+	deadLetter                 // store the dead letter
+	finishLetter               // its place is taken by its dead letter: store that in DLQ, too
+	acknowledge                // it has its outcome
+	retry                      // store the failed attempt, and try again
+	postpone                   // try again, without having tried
+	callAgain                  // try again at once
+	giveBack                   // leave it to the server
 )
 
-// unknownAttempts is how many calls a failure gets that nobody can name.
+// cause is why a verdict is what it is, for code that has to know.
+type cause uint8
+
+const (
+	causeNone      cause = iota
+	causeExhausted       // it has had all its attempts
+	causeUncertain       // it is not known whether the API did what it was asked
+)
+
+// unknownAttempts is how many calls a failure gets that no rule names.
 const unknownAttempts = 2
 
 // accountPause is how long an account is held whose key, credit or quota the API
 // refuses, without saying for how long. Then one call finds out.
 const accountPause = 5 * time.Minute
 
-// outcome is all that a request's fate depends on.
-type outcome struct {
+// facts are all that a verdict depends on.
+type facts struct {
 	failure   classify.Failure
 	failed    bool
 	attempts  int // calls so far that were not throttled, this one included
@@ -61,60 +76,70 @@ type outcome struct {
 	random          float64 // in [0, 1)
 }
 
-// verdict is a request's fate, and who is held because of the answer.
+// verdict is what is to be done with a request, and who is held because of the answer.
 type verdict struct {
-	fate   fate
-	empty  bool      // succeed, with nothing found
-	after  time.Time // retry, not before
-	reason string    // of a dead letter, for people
+	action action
+	empty  bool           // succeed, with nothing found
+	after  time.Time      // retry, postpone: not before
+	class  classify.Class // deadLetter, if it is not the failure's
+	cause  cause
+	reason string // of a dead letter, for people
 	hold   *resilience.Hold
 	scope  classify.Scope // of hold
-
-	uncertain bool // bury: because nobody knows whether it was done
 }
 
-// exhausted is how the reason of a dead letter begins that has had all its attempts.
-const exhausted = "attempts exhausted"
-
-// decide is pure: the same outcome has the same verdict.
-func decide(o outcome, op Operation) verdict {
+// decide says what an answer means. It is pure: the same facts have the same verdict.
+func decide(o facts, op Operation) verdict {
 	f := o.failure
 	empty := f.Class == classify.NotFound && op.NotFoundEmpty
 	if !o.failed || empty {
-		v := verdict{fate: succeed, empty: empty}
+		v := verdict{action: succeed, empty: empty}
 		v.hold, v.scope = windowHold(o, op.Retry.Cap)
 		return v
 	}
-
-	v := verdict{fate: retry}
-	v.hold, v.scope = holdFor(o, op.Retry.Cap)
+	v := verdict{action: retry}
+	v.hold, v.scope = holdFor(o, op.Retry)
 	if v.hold == nil {
 		v.hold, v.scope = windowHold(o, op.Retry.Cap)
 	}
 	switch attempts := allowed(f.Class, op.Retry); {
-	case !f.Retryable:
-		v.fate, v.reason = bury, "terminal: "+describe(f)
+	// First: a failure that is not worth another call is not certain for that.
 	case o.uncertain && !op.RetryUncertain:
-		v.fate, v.uncertain = bury, true
-		v.reason = "it is not known whether the API did what it was asked: " + describe(f) + "; look there before it is replayed"
+		v.action, v.class, v.cause = deadLetter, classify.Uncertain, causeUncertain
+		v.reason = "it is not known whether the API did what it was asked: " + f.Describe() + "; look there before it is replayed"
+	case !f.Retryable:
+		v.action, v.reason = deadLetter, "terminal: "+f.Describe()
 	case f.Class.Throttled() && o.throttled > op.Retry.Throttled:
-		v.fate = bury
-		v.reason = fmt.Sprintf("throttled %d times, more than %d: %s", o.throttled, op.Retry.Throttled, describe(f))
+		v.action, v.cause = deadLetter, causeExhausted
+		v.reason = fmt.Sprintf("throttled %d times, more than %d: %s", o.throttled, op.Retry.Throttled, f.Describe())
 	case !f.Class.Throttled() && o.attempts >= attempts:
-		v.fate = bury
-		v.reason = fmt.Sprintf(exhausted+", %d of %d: %s", o.attempts, attempts, describe(f))
-	case f.Class == classify.ConcurrencyLimit && f.RetryAfterAssumed:
-		// Fewer calls at once help, longer waiting does not.
-		v.after = o.now.Add(op.Retry.Delay(1, o.random))
-	case f.RetryAfterKnown:
-		wait := min(f.RetryAfter, op.Retry.Cap)
-		// Upward only: never before the time that the API stated.
-		wait += time.Duration(o.random * op.Retry.Jitter * float64(min(wait, op.Retry.Base)))
-		v.after = o.now.Add(wait)
+		v.action, v.cause = deadLetter, causeExhausted
+		v.reason = fmt.Sprintf("attempts exhausted, %d of %d: %s", o.attempts, attempts, f.Describe())
 	default:
-		v.after = o.now.Add(op.Retry.Delay(max(o.attempts, 1), o.random))
+		v.after = o.now.Add(backoff(o, op.Retry))
 	}
 	return v
+}
+
+// backoff is how long a request waits for its next attempt: what the API stated, and no
+// less than the backoff that grows with each refusal. Chance moves it upward only: never
+// before the time that the API stated.
+func backoff(o facts, r Retry) time.Duration {
+	f := o.failure
+	n := max(o.attempts, 1)
+	if f.Class.Throttled() {
+		n = max(o.throttled, 1)
+	}
+	switch {
+	case f.Class == classify.ConcurrencyLimit && f.RetryAfterAssumed:
+		// Fewer calls at once help, longer waiting does not.
+		return r.Delay(1, o.random)
+	case f.RetryAfterKnown:
+		stated := min(f.RetryAfter, r.Cap)
+		wait := max(stated, min(r.Delay(n, 0), r.Cap))
+		return wait + time.Duration(o.random*r.Jitter*float64(min(wait, r.Base)))
+	}
+	return r.Delay(n, o.random)
 }
 
 func allowed(c classify.Class, r Retry) int {
@@ -125,17 +150,20 @@ func allowed(c classify.Class, r Retry) int {
 }
 
 // holdFor says who must not be called because of this answer, and until when.
-func holdFor(o outcome, limit time.Duration) (*resilience.Hold, classify.Scope) {
+func holdFor(o facts, r Retry) (*resilience.Hold, classify.Scope) {
 	f := o.failure
-	h := &resilience.Hold{Since: o.now, Class: f.Class, Reason: describe(f)}
+	h := &resilience.Hold{Since: o.now, Class: f.Class, Reason: f.Describe()}
 	if f.RetryAfterKnown {
-		h.Until = o.now.Add(min(f.RetryAfter, limit))
+		h.Until = o.now.Add(min(f.RetryAfter, r.Cap))
 	}
 	switch {
-	case f.Class == classify.RateLimit && f.RetryAfter > 0:
+	case f.Class == classify.RateLimit:
+		// A stated wait of nothing is no wait: the next request would be refused, too.
+		wait := max(f.RetryAfter, r.Delay(max(o.throttled, 1), 0))
+		h.Until = o.now.Add(min(wait, r.Cap))
 		return h, heldScope(f.Scope)
 	case f.Class == classify.SessionExpired:
-		// Nothing gets better by itself: somebody must act, and release.
+		// Nothing gets better by itself: a person must act, and release.
 		h.Until = time.Time{}
 		return h, classify.ScopeCreator
 	case f.Scope == classify.ScopeAccount && !f.Retryable:
@@ -155,7 +183,7 @@ func holdFor(o outcome, limit time.Duration) (*resilience.Hold, classify.Scope) 
 
 // windowHold waits for the end of a window that has no calls left, instead of for
 // the refusal of the next call.
-func windowHold(o outcome, limit time.Duration) (*resilience.Hold, classify.Scope) {
+func windowHold(o facts, limit time.Duration) (*resilience.Hold, classify.Scope) {
 	if o.window <= 0 {
 		return nil, ""
 	}
@@ -165,19 +193,10 @@ func windowHold(o outcome, limit time.Duration) (*resilience.Hold, classify.Scop
 	}, classify.ScopeCreator
 }
 
-// heldScope: what concerns a request is held for its creator.
+// heldScope: a refusal that concerns a request holds its creator.
 func heldScope(s classify.Scope) classify.Scope {
 	if s == classify.ScopeRequest || s == "" {
 		return classify.ScopeCreator
 	}
 	return s
-}
-
-// describe names a failure without the provider's own words, which may hold
-// personal data.
-func describe(f classify.Failure) string {
-	if f.Code == "" {
-		return string(f.Class)
-	}
-	return string(f.Class) + " (" + f.Code + ")"
 }

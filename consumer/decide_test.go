@@ -15,11 +15,11 @@ func testOperation() Operation { return Operation{Retry: DefaultRetry()} }
 
 func TestDecide(t *testing.T) {
 	type want struct {
-		fate  fate
-		empty bool
-		after time.Duration // from noon
-		scope classify.Scope
-		until time.Duration // of the hold, from noon; -1: none stated
+		action action
+		empty  bool
+		after  time.Duration // from noon
+		scope  classify.Scope
+		until  time.Duration // of the hold, from noon; -1: none stated
 	}
 	seconds := func(n int) (time.Duration, bool) { return time.Duration(n) * time.Second, true }
 	failure := func(c classify.Class, s classify.Scope, after ...int) classify.Failure {
@@ -32,49 +32,50 @@ func TestDecide(t *testing.T) {
 	for name, tc := range map[string]struct {
 		failure  classify.Failure
 		op       func(*Operation)
-		o        func(*outcome)
+		o        func(*facts)
 		want     want
 		succeeds bool
 	}{
-		"success":               {succeeds: true, want: want{fate: succeed}},
-		"nothing found":         {failure: failure(classify.NotFound, classify.ScopeRequest), want: want{fate: bury}},
-		"nothing found, empty":  {failure: failure(classify.NotFound, classify.ScopeRequest), op: func(op *Operation) { op.NotFoundEmpty = true }, want: want{fate: succeed, empty: true}},
-		"validation":            {failure: failure(classify.Validation, classify.ScopeRequest), want: want{fate: bury}},
-		"429 holds the creator": {failure: failure(classify.RateLimit, classify.ScopeCreator, 30), want: want{fate: retry, after: 30 * time.Second, scope: classify.ScopeCreator, until: 30 * time.Second}},
-		"429 of the account":    {failure: failure(classify.RateLimit, classify.ScopeAccount, 30), want: want{fate: retry, after: 30 * time.Second, scope: classify.ScopeAccount, until: 30 * time.Second}},
-		"429 at once":           {failure: failure(classify.RateLimit, classify.ScopeCreator, 0), want: want{fate: retry}},
-		"a year is capped":      {failure: failure(classify.RateLimit, classify.ScopeCreator, 365*24*3600), want: want{fate: retry, after: 24 * time.Hour, scope: classify.ScopeCreator, until: 24 * time.Hour}},
-		"429 at its 20th time":  {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *outcome) { o.attempts, o.throttled = 0, 20 }, want: want{fate: retry, after: time.Second, scope: classify.ScopeCreator, until: time.Second}},
-		"429 at its 21st time":  {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *outcome) { o.attempts, o.throttled = 0, 21 }, want: want{fate: bury, scope: classify.ScopeCreator, until: time.Second}},
-		"throttled is no attempt": {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *outcome) { o.attempts, o.throttled = 3, 9 },
-			want: want{fate: retry, after: time.Second, scope: classify.ScopeCreator, until: time.Second}},
+		"success":               {succeeds: true, want: want{action: succeed}},
+		"nothing found":         {failure: failure(classify.NotFound, classify.ScopeRequest), want: want{action: deadLetter}},
+		"nothing found, empty":  {failure: failure(classify.NotFound, classify.ScopeRequest), op: func(op *Operation) { op.NotFoundEmpty = true }, want: want{action: succeed, empty: true}},
+		"validation":            {failure: failure(classify.Validation, classify.ScopeRequest), want: want{action: deadLetter}},
+		"429 holds the creator": {failure: failure(classify.RateLimit, classify.ScopeCreator, 30), want: want{action: retry, after: 30 * time.Second, scope: classify.ScopeCreator, until: 30 * time.Second}},
+		"429 of the account":    {failure: failure(classify.RateLimit, classify.ScopeAccount, 30), want: want{action: retry, after: 30 * time.Second, scope: classify.ScopeAccount, until: 30 * time.Second}},
+		"429 at once":           {failure: failure(classify.RateLimit, classify.ScopeCreator, 0), want: want{action: retry, after: time.Second, scope: classify.ScopeCreator, until: time.Second}},
+		"a year is capped":      {failure: failure(classify.RateLimit, classify.ScopeCreator, 365*24*3600), want: want{action: retry, after: 24 * time.Hour, scope: classify.ScopeCreator, until: 24 * time.Hour}},
+		"429 at its 20th time":  {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *facts) { o.attempts, o.throttled = 0, 20 }, want: want{action: retry, after: 30 * time.Second, scope: classify.ScopeCreator, until: 30 * time.Second}},
+		"429 at its 21st time":  {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *facts) { o.attempts, o.throttled = 0, 21 }, want: want{action: deadLetter, scope: classify.ScopeCreator, until: 30 * time.Second}},
+		"throttled is no attempt": {failure: failure(classify.RateLimit, classify.ScopeCreator, 1), o: func(o *facts) { o.attempts, o.throttled = 3, 9 },
+			want: want{action: retry, after: 30 * time.Second, scope: classify.ScopeCreator, until: 30 * time.Second}},
 		"too many at once": {failure: classify.Failure{Class: classify.ConcurrencyLimit, Scope: classify.ScopeCreator, Retryable: true, RetryAfter: time.Minute, RetryAfterKnown: true, RetryAfterAssumed: true},
-			want: want{fate: retry, after: time.Second}},
-		"no calls left":      {succeeds: true, o: func(o *outcome) { o.window = time.Minute }, want: want{fate: succeed, scope: classify.ScopeCreator, until: time.Minute}},
-		"first 500":          {failure: failure(classify.ServerError, classify.ScopeRequest), want: want{fate: retry, after: time.Second}},
-		"third 500":          {failure: failure(classify.ServerError, classify.ScopeRequest), o: func(o *outcome) { o.attempts = 3 }, want: want{fate: retry, after: 4 * time.Second}},
-		"fourth 500":         {failure: failure(classify.ServerError, classify.ScopeRequest), o: func(o *outcome) { o.attempts = 4 }, want: want{fate: bury}},
-		"second unknown":     {failure: failure(classify.Unknown, classify.ScopeRequest), o: func(o *outcome) { o.attempts = 2 }, want: want{fate: bury}},
-		"503 of one creator": {failure: failure(classify.ServerError, classify.ScopeProvider, 60), want: want{fate: retry, after: time.Minute, scope: classify.ScopeCreator, until: time.Minute}},
-		"503 of several":     {failure: failure(classify.ServerError, classify.ScopeProvider, 60), o: func(o *outcome) { o.providerFailing = true }, want: want{fate: retry, after: time.Minute, scope: classify.ScopeProvider, until: time.Minute}},
-		"session expired":    {failure: failure(classify.SessionExpired, classify.ScopeCreator), want: want{fate: bury, scope: classify.ScopeCreator, until: -1}},
-		"billing":            {failure: failure(classify.Billing, classify.ScopeAccount), want: want{fate: bury, scope: classify.ScopeAccount, until: accountPause}},
-		"quota until":        {failure: failure(classify.QuotaExceeded, classify.ScopeAccount, 3600), want: want{fate: bury, scope: classify.ScopeAccount, until: time.Hour}},
-		"wrong key":          {failure: failure(classify.Unauthorized, classify.ScopeAccount), want: want{fate: bury, scope: classify.ScopeAccount, until: accountPause}},
-		"locked request":     {failure: failure(classify.Locked, classify.ScopeRequest, 60), want: want{fate: retry, after: time.Minute}},
+			want: want{action: retry, after: time.Second}},
+		"no calls left":       {succeeds: true, o: func(o *facts) { o.window = time.Minute }, want: want{action: succeed, scope: classify.ScopeCreator, until: time.Minute}},
+		"first 500":           {failure: failure(classify.ServerError, classify.ScopeRequest), want: want{action: retry, after: time.Second}},
+		"third 500":           {failure: failure(classify.ServerError, classify.ScopeRequest), o: func(o *facts) { o.attempts = 3 }, want: want{action: retry, after: 4 * time.Second}},
+		"fourth 500":          {failure: failure(classify.ServerError, classify.ScopeRequest), o: func(o *facts) { o.attempts = 4 }, want: want{action: deadLetter}},
+		"second unknown":      {failure: failure(classify.Unknown, classify.ScopeRequest), o: func(o *facts) { o.attempts = 2 }, want: want{action: deadLetter}},
+		"503 of one creator":  {failure: failure(classify.ServerError, classify.ScopeProvider, 60), want: want{action: retry, after: time.Minute, scope: classify.ScopeCreator, until: time.Minute}},
+		"503 of several":      {failure: failure(classify.ServerError, classify.ScopeProvider, 60), o: func(o *facts) { o.providerFailing = true }, want: want{action: retry, after: time.Minute, scope: classify.ScopeProvider, until: time.Minute}},
+		"uncertain, terminal": {failure: failure(classify.Validation, classify.ScopeRequest), o: func(o *facts) { o.uncertain = true }, want: want{action: deadLetter}},
+		"session expired":     {failure: failure(classify.SessionExpired, classify.ScopeCreator), want: want{action: deadLetter, scope: classify.ScopeCreator, until: -1}},
+		"billing":             {failure: failure(classify.Billing, classify.ScopeAccount), want: want{action: deadLetter, scope: classify.ScopeAccount, until: accountPause}},
+		"quota until":         {failure: failure(classify.QuotaExceeded, classify.ScopeAccount, 3600), want: want{action: deadLetter, scope: classify.ScopeAccount, until: time.Hour}},
+		"wrong key":           {failure: failure(classify.Unauthorized, classify.ScopeAccount), want: want{action: deadLetter, scope: classify.ScopeAccount, until: accountPause}},
+		"locked request":      {failure: failure(classify.Locked, classify.ScopeRequest, 60), want: want{action: retry, after: time.Minute}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			op := testOperation()
 			if tc.op != nil {
 				tc.op(&op)
 			}
-			o := outcome{failure: tc.failure, failed: !tc.succeeds, attempts: 1, now: noon}
+			o := facts{failure: tc.failure, failed: !tc.succeeds, attempts: 1, now: noon}
 			if tc.o != nil {
 				tc.o(&o)
 			}
 			v := decide(o, op)
-			got := want{fate: v.fate, empty: v.empty, scope: v.scope}
-			if v.fate == retry {
+			got := want{action: v.action, empty: v.empty, scope: v.scope}
+			if v.action == retry {
 				got.after = v.after.Sub(noon)
 			}
 			if v.hold != nil {
@@ -85,8 +86,8 @@ func TestDecide(t *testing.T) {
 			if got != tc.want {
 				t.Errorf("got %+v, want %+v", got, tc.want)
 			}
-			if (v.fate == bury) != (v.reason != "") {
-				t.Errorf("fate %d with reason %q", v.fate, v.reason)
+			if (v.action == deadLetter) != (v.reason != "") {
+				t.Errorf("action %d with reason %q", v.action, v.reason)
 			}
 		})
 	}
@@ -111,14 +112,14 @@ func TestDecideProperties(t *testing.T) {
 		if f.RetryAfterKnown {
 			f.RetryAfter = time.Duration(rapid.Int64Min(0).Draw(t, "after"))
 		}
-		o := outcome{
+		o := facts{
 			failure: f, failed: true, now: noon, attempts: rapid.IntRange(0, 50).Draw(t, "attempts"),
 			throttled: rapid.IntRange(0, 50).Draw(t, "throttled"), random: rapid.Float64Range(0, 0.999).Draw(t, "random"),
 			providerFailing: rapid.Bool().Draw(t, "failing"),
 		}
 		v := decide(o, op)
 		stated := min(f.RetryAfter, op.Retry.Cap)
-		if v.fate == retry {
+		if v.action == retry {
 			if !f.Retryable {
 				t.Fatal("retried what is terminal")
 			}

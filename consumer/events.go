@@ -2,20 +2,28 @@ package consumer
 
 import (
 	"strconv"
-	"strings"
 	"time"
 
+	"github.com/rs/zerolog"
+
 	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/control"
 	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
 )
 
-// event tells whoever listens. What it tells is stored elsewhere, too, so it
+// events tells subscribers of EVENTS. The same is stored elsewhere, too, so it
 // neither waits nor fails.
-func (w *Worker) event(e publisher.Event) {
-	e.At, e.Worker = time.Now().UTC(), w.cfg.Name
-	if err := w.publisher.Event(e); err != nil {
-		w.log.Debug().Err(err).Str("kind", string(e.Kind)).Msg("an event got lost")
+type events struct {
+	publisher        *publisher.Publisher
+	worker, provider string
+	log              zerolog.Logger
+}
+
+func (es *events) send(e publisher.Event) {
+	e.At, e.Worker = time.Now().UTC(), es.worker
+	if err := es.publisher.Event(e); err != nil {
+		es.log.Debug().Err(err).Str("kind", string(e.Kind)).Msg("an event got lost")
 	}
 }
 
@@ -33,8 +41,8 @@ func until(t time.Time) *time.Time {
 	return &t
 }
 
-// heldEvent tells of a hold that an answer caused.
-func (w *Worker) heldEvent(d *delivery, f classify.Failure, scope classify.Scope, h resilience.Hold) {
+// held tells of a hold that an answer caused.
+func (es *events) held(d *delivery, f classify.Failure, scope classify.Scope, h resilience.Hold) {
 	e := publisher.Event{
 		Kind: publisher.CreatorHeld, Creator: d.req.Creator, Operation: d.req.Operation, RequestID: d.req.ID,
 		Class: h.Class, Code: f.Code, Reason: h.Reason, Until: until(h.Until), Once: h.Until.UTC().Format(time.RFC3339Nano),
@@ -45,15 +53,15 @@ func (w *Worker) heldEvent(d *delivery, f classify.Failure, scope classify.Scope
 	case classify.ScopeProvider:
 		e.Kind, e.Creator, e.RequestID = publisher.ProviderHeld, "", ""
 	}
-	w.event(e)
+	es.send(e)
 	if action := actionFor(f, scope); action != "" {
 		e.Kind, e.Action, e.Once = publisher.ActionRequired, action, action+slot(h.Since)
-		w.event(e)
+		es.send(e)
 	}
 }
 
-// actionFor is what somebody must do: what the provider says, else what its
-// class means.
+// actionFor names the step that a person must take: the provider's own word for it, otherwise the one
+// that the class asks for.
 func actionFor(f classify.Failure, scope classify.Scope) string {
 	switch {
 	case f.Action != "":
@@ -66,51 +74,68 @@ func actionFor(f classify.Failure, scope classify.Scope) string {
 	return ""
 }
 
-// breakerEvents tell what a call did to the breakers.
-func (w *Worker) breakerEvents(c *creator, ch resilience.Change) {
+// breakers tells what a call did to the breakers.
+func (es *events) breakers(creator string, ch resilience.Change) {
 	now := time.Now()
 	if ch.Opened {
-		w.event(publisher.Event{Kind: publisher.BreakerOpened, Creator: c.name, Until: until(ch.OpenUntil), Once: ch.OpenUntil.UTC().Format(time.RFC3339Nano)})
+		es.log.Warn().Str("creator", creator).Time("until", ch.OpenUntil).Msg("breaker opened")
+		es.send(publisher.Event{Kind: publisher.BreakerOpened, Creator: creator, Until: until(ch.OpenUntil), Once: ch.OpenUntil.UTC().Format(time.RFC3339Nano)})
 	}
 	if ch.Closed {
-		w.event(publisher.Event{Kind: publisher.BreakerClosed, Creator: c.name, Once: now.UTC().Format(time.RFC3339Nano)})
+		es.log.Info().Str("creator", creator).Msg("breaker closed")
+		es.send(publisher.Event{Kind: publisher.BreakerClosed, Creator: creator, Once: now.UTC().Format(time.RFC3339Nano)})
 	}
 	if ch.ProviderOpened {
-		w.event(publisher.Event{Kind: publisher.BreakerOpened, Reason: "several creators fail in a row", Once: slot(now)})
+		es.log.Error().Str("provider", es.provider).Msg("the provider's breaker opened: several creators fail in a row")
+		es.send(publisher.Event{Kind: publisher.BreakerOpened, Reason: "several creators fail in a row", Once: slot(now)})
 	}
 	if ch.ProviderClosed {
-		w.event(publisher.Event{Kind: publisher.BreakerClosed, Once: slot(now)})
+		es.log.Info().Str("provider", es.provider).Msg("the provider's breaker closed")
+		es.send(publisher.Event{Kind: publisher.BreakerClosed, Once: slot(now)})
 	}
 }
 
-// letterEvents tell of the first dead letters of a kind, not of each.
-func (w *Worker) letterEvents(l *publisher.DeadLetter) {
+// letter tells of the first dead letters of a kind, not of each.
+func (es *events) letter(l *publisher.DeadLetter, exhausted bool) {
 	now := slot(l.FailedAt)
 	e := publisher.Event{
 		Kind: publisher.FirstOfClass, Operation: l.Operation, Class: l.Class, Code: l.Code, Reason: l.Reason, Action: l.Action,
 		Once: string(l.Class) + now,
 	}
-	w.event(e)
-	if strings.HasPrefix(l.Reason, exhausted) {
+	es.send(e)
+	if exhausted {
 		e.Kind, e.Creator, e.RequestID, e.Once = publisher.AttemptsExhausted, l.Creator, l.RequestID, l.Operation+string(l.Class)+now
-		w.event(e)
+		es.send(e)
 	}
 }
 
-// releasedEvent tells that a hold was ended before its time, by whoever calls for
-// the creator.
-func (w *Worker) releasedEvent(key string, revision uint64) {
-	e := publisher.Event{Once: strconv.FormatUint(revision, 10)}
-	switch name, err := creatorOf(key); {
-	case err == nil:
-		if !w.owns(name) {
+// vanished tells that requests that waited are stored no more. It names none: they may have been erased.
+func (es *events) vanished() {
+	es.send(publisher.Event{
+		Kind: publisher.RequestVanished, Once: slot(time.Now()),
+		Reason: "requests that waited for their call were deleted from the stream",
+	})
+}
+
+// changed returns a function that tells that a hold has ended before its time. The worker that
+// calls for the creator tells it.
+func (es *events) changed(owns func(creator string) bool) func(control.Change) {
+	return func(c control.Change) {
+		if c.Kind != control.Released {
 			return
 		}
-		e.Kind, e.Creator = publisher.CreatorReleased, name
-	case key == holdAccount:
-		e.Kind = publisher.AccountReleased
-	default:
-		e.Kind = publisher.ProviderReleased
+		e := publisher.Event{Once: strconv.FormatUint(c.Revision, 10)}
+		switch c.Target.Kind {
+		case control.Account:
+			e.Kind = publisher.AccountReleased
+		case control.Provider:
+			e.Kind = publisher.ProviderReleased
+		default:
+			if !owns(c.Target.Creator) {
+				return
+			}
+			e.Kind, e.Creator = publisher.CreatorReleased, c.Target.Creator
+		}
+		es.send(e)
 	}
-	w.event(e)
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/google/jsonschema-go/jsonschema"
 
 	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/control"
 	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
 	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
@@ -101,10 +102,11 @@ func TestEvents(t *testing.T) {
 		r.await(time.Minute, "DLQ", ">", 22)
 		time.Sleep(time.Minute)
 		r.publish("broken", 1)
-		if err := r.bucket("HOLDS").Delete(t.Context(), "creator.throttled"); err != nil {
+		if err := r.bucket("HOLDS").Delete(t.Context(), "creator.throttled.api"); err != nil {
 			t.Fatal(err)
 		}
 		r.await(time.Minute, "RESULTS", "results.throttled.>", 1)
+		r.await(time.Minute, "EVENTS", "events.creator.released.throttled", 1)
 		stop()
 
 		_, subjects := r.events()
@@ -193,11 +195,11 @@ func TestCredits(t *testing.T) {
 		if kinds["%%%%"] != 1 || kinds["%%%%%"] != 1 || kinds["account.held"] != 1 {
 			t.Errorf("events: %v", kinds)
 		}
-		entry, err := r.bucket("HOLDS").Get(t.Context(), holdAccount)
+		entry, err := r.bucket("HOLDS").Get(t.Context(), "account.api")
 		if err != nil {
 			t.Fatal(err)
 		}
-		h, err := parseHold(entry.Value(), entry.Created())
+		h, err := control.ParseHold(entry.Value(), entry.Created())
 		if err != nil || h.Until.UTC().Hour() != 0 || time.Until(h.Until) < 20*time.Minute {
 			t.Errorf("%+v, %v", h, err)
 		}
@@ -236,7 +238,7 @@ func TestCreditsReleased(t *testing.T) {
 		if n := r.count("RESULTS", "results.>"); n > 40 {
 			t.Fatalf("it was not held: %d results", n)
 		}
-		if err := r.bucket("HOLDS").Delete(t.Context(), holdAccount); err != nil {
+		if err := r.bucket("HOLDS").Delete(t.Context(), "account.api"); err != nil {
 			t.Fatal(err)
 		}
 		r.await(10*time.Minute, "RESULTS", "results.>", 20*len(creators))

@@ -129,7 +129,7 @@ func breakAt(t *testing.T, point failpoint.Point, action string, seed uint64) (h
 		s.stop()
 	}
 	current.Store(w.start())
-	w.drained(time.Hour)
+	w.drained(nil, time.Hour)
 	sleep(ctx, time.Minute)
 	if missing, err := w.check(); err != nil || missing != "" {
 		w.violation("at the end: %s (%v)", missing, err)

@@ -1,31 +1,39 @@
 package consumer
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/headgate-io/headgate/internal/broker"
 	"github.com/headgate-io/headgate/publisher"
 )
 
-// record is what LEDGER remembers of a request: the attempts that failed and,
-// once it is decided, its terminal outcome. It is written on failure paths
-// only; a request that succeeds at once has none.
+// record is a request's entry in LEDGER: the attempts that failed, the mark of a call that
+// must be known should its worker vanish, and whether its dead letter was stored. It
+// is written on failure paths only; a request that succeeds at once has none.
 type record struct {
+	// Source is the stored request that the record belongs to. An id may come again, and is
+	// another request then.
+	Source   publisher.Source    `json:"source"`
 	Attempts []publisher.Attempt `json:"attempts,omitempty"`
+	Due      *time.Time          `json:"due,omitempty"` // when the next attempt may be made
 	Mark     *mark               `json:"mark,omitempty"`
-	Claim    *claim              `json:"claim,omitempty"`
+	// Lettered: the dead letter was stored. Should it be there no more, an operator has
+	// deleted or replayed it.
+	Lettered bool `json:"lettered,omitempty"`
 
 	revision uint64 // 0: not stored
 }
 
-// mark says that a call is being made. Where one is found on a request that
-// nobody is calling, its worker vanished during the call.
+// mark says that a call is being made. One that is found on a request that no worker is
+// calling tells that a worker vanished during the call.
 type mark struct {
 	Worker string    `json:"worker"`
 	At     time.Time `json:"at"`
@@ -33,16 +41,8 @@ type mark struct {
 	Calls int `json:"calls"`
 }
 
-// claim fixes a request's outcome before it is published, so that a crash in
-// between, or two owners, cannot give a request two.
-type claim struct {
-	// Dead is the dead letter without payload and headers, which are still
-	// the request's; nil: a result.
-	Dead *publisher.DeadLetter `json:"dead,omitempty"`
-	At   time.Time             `json:"at"`
-	// Stored: the dead letter was published. Should it be there no more, somebody has
-	// deleted or replayed it.
-	Stored bool `json:"stored,omitempty"`
+func (m *mark) equal(o *mark) bool {
+	return m != nil && o != nil && m.Worker == o.Worker && m.At.Equal(o.At) && m.Calls == o.Calls
 }
 
 func (r record) counts() (attempts, throttled int) {
@@ -56,161 +56,126 @@ func (r record) counts() (attempts, throttled int) {
 	return attempts, throttled
 }
 
-// ClaimedFor is the creator of the dead letter that a record of LEDGER claims, "" if it claims none.
-func ClaimedFor(stored []byte) string {
-	var r record
-	if json.Unmarshal(stored, &r) != nil || r.Claim == nil || r.Claim.Dead == nil {
-		return ""
-	}
-	return r.Claim.Dead.Creator
-}
+// empty reports that a record says nothing that is worth keeping.
+func (r record) empty() bool { return len(r.Attempts) == 0 && r.Mark == nil && !r.Lettered }
 
-// errClaimed means that somebody else wrote a request's record in between.
-var errClaimed = errors.New("the request's ledger record was written by another worker")
+// errTaken means that another owner of the partition wrote the request's record.
+var errTaken = errors.New("the request's ledger record was written by another worker")
 
 // ledger reads and writes records.
 type ledger struct {
-	nc     *nats.Conn
 	kv     jetstream.KeyValue
-	stream string // behind kv
-	api    string // prefix of the JetStream API
+	reader *broker.Reader
 }
 
-// put stores r if nobody else did since it was read.
-func (l *ledger) put(ctx context.Context, id string, r *record) error {
+func (l *ledger) stream() string { return "KV_" + l.kv.Bucket() }
+
+// put stores r, unless another worker wrote the record of the same request since it was read. A
+// record of another request with the same id is written over.
+func (l *ledger) put(ctx context.Context, key string, r *record) error {
+	return l.write(ctx, key, r, func(there record) bool {
+		return there.Source.Equal(r.Source) && !there.empty()
+	})
+}
+
+// putFirst stores r, unless any record of its id was written since it was read: that another request
+// with the same id was marked and has ended is a reason to look again.
+func (l *ledger) putFirst(ctx context.Context, key string, r *record) error {
+	return l.write(ctx, key, r, func(record) bool { return true })
+}
+
+// write stores r if the revision that it was read with is the last one, or if taken says that the
+// record that is there instead does not count.
+func (l *ledger) write(ctx context.Context, key string, r *record, taken func(there record) bool) error {
 	data, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("encode ledger record: %w", err)
 	}
-	key := publisher.IDToken(id)
-	var revision uint64
-	if r.revision == 0 {
-		revision, err = l.kv.Create(ctx, key, data)
-	} else {
-		revision, err = l.kv.Update(ctx, key, data, r.revision)
+	for {
+		// Revision 0: there must be none, and none that was deleted.
+		revision, err := l.kv.Update(ctx, key, data, r.revision)
+		if err == nil {
+			r.revision = revision
+			return nil
+		}
+		if broker.TroubleOf(err) != broker.WrittenBetween {
+			return fmt.Errorf("write ledger record: %w", err)
+		}
+		there, stored, err := l.read(ctx, key)
+		if err != nil {
+			return err
+		}
+		switch {
+		case bytes.Equal(stored, data):
+			r.revision = there.revision // an answer of the server got lost
+			return nil
+		case taken(there):
+			return errTaken
+		}
+		r.revision = there.revision
 	}
-	var api *jetstream.APIError
-	switch {
-	case err == nil:
-		r.revision = revision
-		return nil
-	case errors.Is(err, jetstream.ErrKeyExists),
-		errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence:
-		return errClaimed
-	}
-	return fmt.Errorf("write ledger record: %w", err)
 }
 
 // forget deletes a record that is of no use any more.
-func (l *ledger) forget(ctx context.Context, id string, r *record) error {
-	if err := l.kv.Delete(ctx, publisher.IDToken(id), jetstream.LastRevision(r.revision)); err != nil {
+func (l *ledger) forget(ctx context.Context, key string, r *record) error {
+	if r.revision == 0 {
+		return nil
+	}
+	if err := l.kv.Delete(ctx, key, jetstream.LastRevision(r.revision)); err != nil {
 		return fmt.Errorf("delete ledger record: %w", err)
 	}
 	r.revision = 0
 	return nil
 }
 
-// get reads a record, the zero one if there is none.
-func (l *ledger) get(ctx context.Context, id string) (record, error) {
-	stored, err := l.last(ctx, l.stream, "$KV."+l.kv.Bucket()+"."+publisher.IDToken(id))
+// get reads the record of a request, a new one if there is none or if it belongs to another
+// request. other is that one.
+func (l *ledger) get(ctx context.Context, key string, source publisher.Source) (r record, other *record, err error) {
+	there, _, err := l.read(ctx, key)
+	switch {
+	case err != nil:
+		return record{}, nil, err
+	case there.Source.Equal(source):
+		return there, nil, nil
+	case there.revision != 0 && !there.empty():
+		other = &there
+	}
+	return record{Source: source, revision: there.revision}, other, nil
+}
+
+// read reads a record with its bytes. One that is no record counts as one that says nothing, so that
+// garbage in the bucket keeps no request from its outcome.
+func (l *ledger) read(ctx context.Context, key string) (record, []byte, error) {
+	stored, err := l.reader.Last(ctx, l.stream(), "$KV."+l.kv.Bucket()+"."+key)
 	if err != nil {
-		return record{}, fmt.Errorf("read ledger record: %w", err)
+		return record{}, nil, fmt.Errorf("read ledger record: %w", err)
 	}
 	if stored == nil {
-		return record{}, nil
+		return record{}, nil, nil
 	}
-	r := record{revision: stored.Sequence}
-	if len(stored.Data) == 0 { // deleted
-		return r, nil
+	r, ok := parseRecord(stored.Data)
+	if !ok {
+		r = record{}
 	}
-	if err := json.Unmarshal(stored.Data, &r); err != nil {
-		return record{}, fmt.Errorf("read ledger record: %w", err)
-	}
-	return r, nil
+	r.revision = stored.Sequence
+	return r, stored.Data, nil
 }
 
-type storedMessage struct {
-	Subject  string
-	Sequence uint64
-	Header   nats.Header
-	Data     []byte
-	Time     time.Time
+// parseRecord reads a record strictly: a reply subject can put any JSON into the bucket.
+func parseRecord(data []byte) (r record, ok bool) {
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if d.Decode(&r) != nil {
+		return record{}, false
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return record{}, false
+	}
+	if r.Mark != nil && (r.Mark.Calls < 1 || r.Mark.Calls > maxMarked || r.Mark.Worker == "") {
+		return record{}, false
+	}
+	return r, r.Source.Sequence != 0
 }
 
-// last reads the last message of a subject, nil if there is none.
-func (l *ledger) last(ctx context.Context, stream, subject string) (*storedMessage, error) {
-	return l.message(ctx, stream, map[string]any{"last_by_subj": subject})
-}
-
-// next reads the first message from a sequence on whose subject matches, nil if
-// there is none.
-func (l *ledger) next(ctx context.Context, stream string, from uint64, subject string) (*storedMessage, error) {
-	return l.message(ctx, stream, map[string]any{"seq": from, "next_by_subj": subject})
-}
-
-// message reads a stored message, nil if there is none, through the stream's
-// leader: a direct get may be answered by a replica that lags, and "there is no
-// outcome yet" has to be true.
-func (l *ledger) message(ctx context.Context, stream string, which map[string]any) (*storedMessage, error) {
-	fail := func(err error) (*storedMessage, error) {
-		return nil, fmt.Errorf("get a message of %s (%v): %w", stream, which, err)
-	}
-	request, err := json.Marshal(which)
-	if err != nil {
-		return fail(err)
-	}
-	m, err := l.nc.RequestWithContext(ctx, l.api+"STREAM.MSG.GET."+stream, request)
-	if err != nil {
-		return fail(err)
-	}
-	var answer struct {
-		Error   *jetstream.APIError `json:"error"`
-		Message struct {
-			Subject  string    `json:"subject"`
-			Sequence uint64    `json:"seq"`
-			Header   []byte    `json:"hdrs"`
-			Data     []byte    `json:"data"`
-			Time     time.Time `json:"time"`
-		} `json:"message"`
-	}
-	if err := json.Unmarshal(m.Data, &answer); err != nil {
-		return fail(err)
-	}
-	switch e := answer.Error; {
-	case e == nil:
-	case e.ErrorCode == jetstream.JSErrCodeMessageNotFound:
-		return nil, nil
-	default:
-		return fail(e)
-	}
-	stored := answer.Message
-	s := &storedMessage{Subject: stored.Subject, Sequence: stored.Sequence, Data: stored.Data, Time: stored.Time}
-	if len(stored.Header) > 0 {
-		if s.Header, err = nats.DecodeHeadersMsg(stored.Header); err != nil {
-			return fail(err)
-		}
-	}
-	return s, nil
-}
-
-// remove deletes a stored message.
-func (l *ledger) remove(ctx context.Context, stream string, seq uint64) error {
-	request := fmt.Appendf(nil, `{"seq":%d,"no_erase":true}`, seq)
-	m, err := l.nc.RequestWithContext(ctx, l.api+"STREAM.MSG.DELETE."+stream, request)
-	if err != nil {
-		return fmt.Errorf("delete message %d of %s: %w", seq, stream, err)
-	}
-	var answer struct {
-		Error *jetstream.APIError `json:"error"`
-	}
-	if err := json.Unmarshal(m.Data, &answer); err != nil {
-		return fmt.Errorf("delete message %d of %s: %w", seq, stream, err)
-	}
-	if e := answer.Error; e != nil && e.ErrorCode != codeSequenceNotFound {
-		return fmt.Errorf("delete message %d of %s: %w", seq, stream, e)
-	}
-	return nil
-}
-
-// codeSequenceNotFound: there is no such message, not any more.
-const codeSequenceNotFound = 10043
+// maxMarked bounds what a mark can say: a request is POISON long before.
+const maxMarked = 1000

@@ -36,11 +36,13 @@ type puller struct {
 	asked int                // asked for and not arrived
 	heard time.Time
 
-	told time.Time // when there was trouble last that somebody was told of
+	told time.Time // when trouble was logged last
+	lost time.Time // since when the consumer does not answer as it should; zero: it does
+	wait time.Duration
 }
 
 // more asks for what is missing to a full window, if that is worth a request.
-// busy counts the messages here that nobody has decided about.
+// busy counts the messages here about which nothing is decided yet.
 func (p *puller) more(busy int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -74,7 +76,7 @@ func (p *puller) bind() error {
 	if err := sub.SetPendingLimits(-1, -1); err != nil {
 		return fmt.Errorf("subscribe for pulled messages: %w", err)
 	}
-	p.sub, p.asked, p.heard = sub, 0, time.Now()
+	p.sub, p.asked, p.heard, p.lost = sub, 0, time.Now(), time.Time{}
 	return nil
 }
 
@@ -100,12 +102,38 @@ func (p *puller) waits() bool {
 	return p.sub != nil && p.asked > 0
 }
 
-// silent reports that the server owes a heartbeat, so that what was asked for
-// is not known to it any more.
+// silent reports that it is time to bind again: the server owes a heartbeat, so that it does not know
+// any more that it was asked, or the consumer is not the one that it was.
 func (p *puller) silent(now time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if !p.lost.IsZero() && now.Sub(p.lost) >= p.wait {
+		p.lost, p.wait = now, min(2*p.wait, maxRebind)
+		return true
+	}
 	return p.sub != nil && p.asked > 0 && now.Sub(p.heard) > 3*pullHeartbeat
+}
+
+const (
+	minRebind = 500 * time.Millisecond
+	maxRebind = 10 * time.Second
+)
+
+// failed takes an error that keeps the partition from being pulled from.
+func (p *puller) failed(err error) {
+	p.mu.Lock()
+	now := time.Now()
+	if p.lost.IsZero() {
+		p.lost, p.wait = now, max(p.wait, minRebind)
+	}
+	tell := now.Sub(p.told) > troubleEvery
+	if tell {
+		p.told = now
+	}
+	p.mu.Unlock()
+	if tell {
+		p.trouble(err)
+	}
 }
 
 func (p *puller) arrived(inbox string, m *nats.Msg) {
@@ -115,7 +143,7 @@ func (p *puller) arrived(inbox string, m *nats.Msg) {
 	if current {
 		p.heard = time.Now()
 		if request {
-			p.asked = max(0, p.asked-1)
+			p.asked, p.wait = max(0, p.asked-1), 0
 		}
 	}
 	p.mu.Unlock()
@@ -141,12 +169,9 @@ func (p *puller) status(m *nats.Msg) {
 		p.asked = 0
 	}
 	p.mu.Unlock()
-	if status != "408" && !(status == "409" && err == nil) {
-		if now := time.Now(); now.Sub(p.told) > troubleEvery {
-			p.told = now
-			p.trouble(fmt.Errorf("pull: %s %s", status, description))
-		}
-		return // the watchdog asks again
+	if status == "408" || status == "409" && err == nil {
+		p.receive(nil)
+		return
 	}
-	p.receive(nil)
+	p.failed(fmt.Errorf("pull: %s %s", status, description))
 }

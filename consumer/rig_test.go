@@ -211,3 +211,30 @@ func (r *rig) once(creator string, n int) {
 		r.t.Errorf("%s: %d dead letters", creator, got)
 	}
 }
+
+// empty waits until no request is stored.
+func (r *rig) empty(limit time.Duration) {
+	r.t.Helper()
+	began := time.Now()
+	for {
+		stream, err := r.js.Stream(r.t.Context(), "REQUESTS")
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		n := stream.CachedInfo().State.Msgs
+		if n == 0 {
+			return
+		}
+		if time.Since(began) > limit {
+			r.t.Fatalf("%d requests are still stored after %v", n, limit)
+		}
+		time.Sleep(max(limit/10_000, 2*time.Millisecond))
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}

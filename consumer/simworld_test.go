@@ -2,14 +2,17 @@ package consumer
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -30,70 +33,116 @@ type world struct {
 	t       *testing.T
 	rng     *rand.Rand // of the run's course; what calls get has a source of its own
 	broker  *natsservertest.Broker
+	nc      *nats.Conn
 	js      jetstream.JetStream
 	cfg     Config
+	nasty   nasty
 	planted bool
 	began   time.Time
+	maxAge  time.Duration // of a request
 	answer  func(context.Context, *simWorker, *publisher.Request) classify.Answer
 
-	mu      sync.Mutex
-	fates   *rand.Rand
-	asked   map[string]bool   // requests
-	acked   map[string]uint64 // those with a PubAck, and where they are stored
-	calls   map[string][]*simCall
-	faults  []time.Time
-	windows map[string][]window // by creator
-	found   []string
-	number  int
-	log     io.Writer
+	mu       sync.Mutex
+	fates    *rand.Rand
+	asked    map[string]bool // ids of requests, as tokens
+	requests []*simRequest   // as far as they are known to be stored
+	calls    []*simCall
+	faults   []time.Time
+	troubles []simTrouble
+	windows  map[string][]window // by creator
+	holds    []*personHold
+	limits   []limitChange
+	gone     []simOutcome // dead letters that an operator dropped or replayed
+	healed   bool         // from now on nothing is broken
+	found    []string
+	crashes  []time.Time // of workers
+
+	expired, endpointFails bool        // the API's token
+	ledgerLost, budgetLost []time.Time // when somebody spoilt them
+	stopWatch              context.CancelFunc
+
+	number int // of workers
+	count  int // of requests
+	log    io.Writer
 
 	closing sync.WaitGroup // connections of workers that crashed
 }
 
+// simRequest is a message of the request stream.
+type simRequest struct {
+	number             int // in its payload
+	replay             string
+	id                 string // its header's
+	creator, operation string
+	subject            string // as published
+	malformed          string // how
+	seq                uint64
+	stored             time.Time
+	removed            bool // by an operator
+}
+
 type simCall struct {
-	worker    string
-	operation string
-	start     time.Time
-	// certain: the worker got an answer that says that nothing was done.
+	worker, id, creator, operation string
+	number                         int
+	replay                         string
+	start, end                     time.Time
+	status                         int
+	// certain: the API said that nothing was done.
 	certain   bool
 	retryable bool
 	ended     bool
+	cut       bool // off, by the end of its worker's grace time
 }
 
-// window is a time in which a creator must not be called, as a worker was told.
+// window is a time in which a creator must not be called, as the API announced to a worker.
 type window struct {
 	worker     string
 	request    string
 	from, till time.Time
+	known      time.Time // when HOLDS had it; zero: it does not
 }
 
 func newWorld(t *testing.T, seed uint64) *world {
 	t.Helper()
+	return newWorldOf(t, seed, nasty{})
+}
+
+func newWorldOf(t *testing.T, seed uint64, n nasty) *world {
+	t.Helper()
 	w := &world{
-		t: t, rng: rand.New(rand.NewPCG(seed, 1)), fates: rand.New(rand.NewPCG(seed, 2)), began: time.Now(),
-		asked: map[string]bool{}, acked: map[string]uint64{}, calls: map[string][]*simCall{}, windows: map[string][]window{}, log: io.Discard,
+		t: t, rng: rand.New(rand.NewPCG(seed, 1)), fates: rand.New(rand.NewPCG(seed, 2)), began: time.Now(), nasty: n,
+		asked: map[string]bool{}, windows: map[string][]window{}, log: io.Discard, maxAge: 24 * time.Hour,
 	}
 	if os.Getenv("HEADGATE_TEST_LOG") != "" {
 		w.log = os.Stderr
 	}
-	w.broker = natsservertest.NewBroker(t)
-	nc, err := nats.Connect("", nats.InProcessServer(w.broker), nats.MaxReconnects(-1), nats.ReconnectWait(100*time.Millisecond))
+	w.broker = natsservertest.NewSmallBroker(t, n.maxPayload)
+	var err error
+	w.nc, err = nats.Connect("", nats.InProcessServer(w.broker), nats.MaxReconnects(-1), nats.ReconnectWait(100*time.Millisecond),
+		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(nc.Close)
+	t.Cleanup(w.nc.Close)
 	t.Cleanup(w.closing.Wait)
-	if w.js, err = jetstream.New(nc, jetstream.WithDefaultTimeout(2*time.Second)); err != nil {
+	if w.js, err = jetstream.New(w.nc, jetstream.WithDefaultTimeout(2*time.Second)); err != nil {
 		t.Fatal(err)
 	}
 	profile, err := classify.Load("generic")
 	if err != nil {
 		t.Fatal(err)
 	}
+	if n.stray {
+		w.maxAge = 30 * time.Minute // requests that no consumer is given are found by their age
+	}
 	retry := DefaultRetry()
-	retry.Attempts = 6
+	retry.Attempts, retry.MaxAge = 6, w.maxAge
+	topology := publisher.Topology{Partitions: 4 + w.rng.IntN(5), MaxAge: 10_000 * time.Hour}
+	if n.stray {
+		topology.MaxAge = w.maxAge
+	}
 	w.cfg = Config{
-		Topology: publisher.Topology{Partitions: 4 + w.rng.IntN(5), MaxAge: 10_000 * time.Hour}.WithDefaults(), Profile: profile,
+		Topology: topology.WithDefaults(), Profile: profile,
 		Operations: map[string]Operation{
 			"send": {Kind: resilience.Write, Retry: retry},
 			"pay":  {Kind: resilience.Write, Retry: retry, NotIdempotent: true},
@@ -101,7 +150,11 @@ func newWorld(t *testing.T, seed uint64) *world {
 		Gates: resilience.DefaultConfig(), Grace: 2 * time.Second, Log: zerolog.New(w.log),
 	}
 	w.cfg.Gates.Creator.PerSecond, w.cfg.Gates.Creator.Burst = 5, 10
+	w.cfg.Gates.Account = n.account
 	w.answer = w.fate
+	if n.on {
+		w.answer = w.nastyFate
+	}
 	if _, err := w.cfg.Topology.Ensure(t.Context(), w.js); err != nil {
 		t.Fatal(err)
 	}
@@ -110,27 +163,37 @@ func newWorld(t *testing.T, seed uint64) *world {
 
 // simWorker is a worker with a connection of its own.
 type simWorker struct {
-	name string
-	nc   *nats.Conn
-	line *line0
-	end  context.CancelFunc
-	done chan struct{}
+	name    string
+	nc      *nats.Conn
+	line    *line0
+	end     context.CancelFunc
+	done    chan struct{}
+	started time.Time
+	worker  atomic.Pointer[Worker] // nil: not yet
+	crashed atomic.Bool
 
-	closing *sync.WaitGroup
+	w *world
 }
 
 func (w *world) start() *simWorker {
 	w.number++
-	s := &simWorker{name: fmt.Sprintf("w%d", w.number), closing: &w.closing, line: &line0{server: w.broker}, done: make(chan struct{})}
+	s := &simWorker{
+		name: fmt.Sprintf("w%d", w.number), w: w, done: make(chan struct{}), started: time.Now(),
+		line: w.nasty.line(w),
+	}
 	var err error
 	s.nc, err = nats.Connect("", nats.InProcessServer(s.line), nats.MaxReconnects(-1), nats.ReconnectWait(200*time.Millisecond),
-		nats.ReconnectBufSize(-1), nats.RetryOnFailedConnect(true), nats.PingInterval(20*time.Second))
+		nats.ReconnectBufSize(-1), nats.RetryOnFailedConnect(true), nats.PingInterval(20*time.Second),
+		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
 	if err != nil {
 		w.t.Error(err)
 		return nil
 	}
 	cfg := w.cfg
 	cfg.Name, cfg.API = s.name, simAPI{w, s}
+	if w.nasty.tokens {
+		cfg.API = tokenAPI{simAPI{w, s}}
+	}
 	cfg.Log = cfg.Log.With().Str("worker", s.name).Logger().Hook(zerolog.HookFunc(func(e *zerolog.Event, _ zerolog.Level, _ string) {
 		e.Dur("at_ms", time.Since(w.began))
 	}))
@@ -143,6 +206,7 @@ func (w *world) start() *simWorker {
 			worker, err := New(short, s.nc, cfg)
 			stop()
 			if err == nil {
+				s.worker.Store(worker)
 				_ = worker.Run(ctx)
 				return
 			}
@@ -161,143 +225,18 @@ func (s *simWorker) stop() {
 
 // crash is kill -9: from one moment to the next nothing of it reaches the server.
 func (s *simWorker) crash() {
+	s.crashed.Store(true)
+	s.w.mu.Lock()
+	s.w.crashes = append(s.w.crashes, time.Now())
+	s.w.mu.Unlock()
 	s.line.cut()
 	s.end()
 	// A moment later: nats.go leaks a goroutine if it is closed between the two steps of its first
 	// asynchronous publish.
-	s.closing.Go(func() {
+	s.w.closing.Go(func() {
 		time.Sleep(time.Millisecond)
 		s.nc.Close()
 	})
-}
-
-// line0 is the network between a worker and the broker.
-type line0 struct {
-	server *natsservertest.Broker
-
-	mu     sync.Mutex
-	frozen chan struct{} // closed when it thaws
-	dead   bool
-	open   []*lineConn
-}
-
-func (l *line0) InProcessConn() (net.Conn, error) {
-	l.mu.Lock()
-	cut := l.dead || l.frozen != nil
-	l.mu.Unlock()
-	if cut {
-		return nil, errors.New("the broker cannot be reached")
-	}
-	conn, err := l.server.InProcessConn()
-	if err != nil {
-		return nil, err
-	}
-	c := &lineConn{Conn: conn, line: l, made: time.Now()}
-	l.mu.Lock()
-	l.open = append(l.open, c)
-	l.mu.Unlock()
-	return c, nil
-}
-
-func (l *line0) freeze() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.frozen == nil {
-		l.frozen = make(chan struct{})
-	}
-}
-
-func (l *line0) thaw() {
-	l.mu.Lock()
-	frozen, open := l.frozen, l.open
-	l.frozen = nil
-	l.mu.Unlock()
-	if frozen == nil {
-		return
-	}
-	close(frozen)
-	for _, c := range open {
-		c.flush()
-	}
-}
-
-func (l *line0) cut() {
-	l.mu.Lock()
-	l.dead = true
-	open := l.open
-	l.mu.Unlock()
-	for _, c := range open {
-		_ = c.Conn.Close()
-	}
-	l.thaw()
-}
-
-// lineConn keeps what is written while the line is frozen, as the buffers of a
-// kernel do, and sends it later, even if the writer has gone.
-type lineConn struct {
-	net.Conn
-	line *line0
-	made time.Time
-
-	writing sync.Mutex
-	late    []byte
-}
-
-// state of the line. A connection that is just being made is spared: the client
-// holds a lock meanwhile, for which simulated time does not pass.
-func (c *lineConn) state() (dead bool, frozen chan struct{}) {
-	c.line.mu.Lock()
-	defer c.line.mu.Unlock()
-	if time.Since(c.made) < time.Second {
-		return c.line.dead, nil
-	}
-	return c.line.dead, c.line.frozen
-}
-
-func (c *lineConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	_, frozen := c.state()
-	if frozen != nil {
-		<-frozen
-	}
-	return n, err
-}
-
-func (c *lineConn) Write(b []byte) (int, error) {
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	dead, frozen := c.state()
-	switch {
-	case dead:
-		return 0, net.ErrClosed
-	case frozen != nil || len(c.late) > 0:
-		c.late = append(c.late, b...)
-		return len(b), nil
-	}
-	return c.Conn.Write(b)
-}
-
-func (c *lineConn) flush() {
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	if len(c.late) > 0 {
-		_, _ = c.Conn.Write(c.late)
-		c.late = nil
-	}
-}
-
-// Close of a frozen line leaves what was written under way.
-func (c *lineConn) Close() error {
-	_, frozen := c.state()
-	if frozen == nil {
-		return c.Conn.Close()
-	}
-	go func() {
-		<-frozen
-		time.Sleep(time.Millisecond)
-		_ = c.Conn.Close()
-	}()
-	return nil
 }
 
 // simAPI is the API as one worker sees it.
@@ -306,54 +245,105 @@ type simAPI struct {
 	s *simWorker
 }
 
-func (a simAPI) Prepare(req *publisher.Request) (func(context.Context) classify.Answer, error) {
-	return func(ctx context.Context) classify.Answer { return a.call(ctx, req) }, nil
+// payload is what a request of the simulation asks for.
+type simPayload struct {
+	N   *int   `json:"n"`
+	Pad string `json:"pad,omitempty"`
 }
 
-func (a simAPI) call(ctx context.Context, req *publisher.Request) classify.Answer {
-	w := a.w
-	c := &simCall{worker: a.s.name, operation: req.Operation, start: time.Now()}
-	w.mu.Lock()
-	w.calls[req.ID] = append(w.calls[req.ID], c)
-	for _, win := range w.windows[req.Creator] {
-		if win.worker == a.s.name && c.start.After(win.from) && c.start.Before(win.till) {
-			w.found = append(w.found, fmt.Sprintf("at %v %s called %s %v before a window ended that it knew since %v",
-				c.start.Sub(w.began), a.s.name, req.Creator, win.till.Sub(c.start), win.from.Sub(w.began)))
-		}
+func numberIn(body []byte) (int, error) {
+	var p simPayload
+	if err := json.Unmarshal(body, &p); err != nil {
+		return -1, err
 	}
+	if p.N == nil {
+		return -1, errors.New("a payload needs a number")
+	}
+	return *p.N, nil
+}
+
+func (a simAPI) Prepare(req *publisher.Request) (func(context.Context) classify.Answer, error) {
+	n, err := numberIn(req.Payload)
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) classify.Answer { return a.call(ctx, req, n) }, nil
+}
+
+func (a simAPI) call(ctx context.Context, req *publisher.Request, number int) classify.Answer {
+	w := a.w
+	c := &simCall{
+		worker: a.s.name, id: req.ID, creator: req.Creator, operation: req.Operation, start: time.Now(),
+		number: number, replay: simReplayOf(req.ID),
+	}
+	if a.s.crashed.Load() {
+		return classify.Answer{Err: net.ErrClosed} // it does not exist any more
+	}
+	w.mu.Lock()
+	w.calls = append(w.calls, c)
+	w.mayCall(a.s, c)
 	w.mu.Unlock()
 	defer func() {
 		w.mu.Lock()
-		c.ended = true
+		c.ended, c.end = true, time.Now()
 		w.mu.Unlock()
 	}()
 	ans := w.answer(ctx, a.s, req)
 	w.mu.Lock()
-	c.retryable = ans.Status == 429 || ans.Status == 503 || ans.Err != nil
-	c.certain = ans.Status == 429 || ans.Status == 503
-	if d, err := strconv.Atoi(ans.Header.Get("Retry-After")); err == nil {
-		now := time.Now()
-		w.windows[req.Creator] = append(w.windows[req.Creator], window{a.s.name, req.ID, now, now.Add(time.Duration(d) * time.Second)})
-	}
-	seq, known := w.acked[req.ID]
+	c.status, c.cut = ans.Status, ctx.Err() != nil
+	c.certain = ans.Status >= 400 && ans.Status < 500 && ans.Status != 408 || ans.Status == 503 || ans.Status == 501
+	c.retryable = ans.Status == 429 || ans.Status >= 500 || ans.Status == 408 || ans.Status == 401 || ans.Err != nil
+	w.announced(a.s, req, ans)
 	w.mu.Unlock()
-	if w.planted && known && ans.Status == 200 {
+	if w.planted && ans.Status == 200 {
 		// What an ack before the result is stored comes to.
-		short, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		defer cancel()
-		if stream, err := w.js.Stream(short, "REQUESTS"); err == nil {
-			_ = stream.DeleteMsg(short, seq)
-		}
+		w.deleteStored(number)
 	}
 	return ans
 }
 
-// fate is what chance makes of a call.
-func (w *world) fate(ctx context.Context, _ *simWorker, _ *publisher.Request) classify.Answer {
+// announced remembers the window that an answer opens; w.mu is held.
+func (w *world) announced(s *simWorker, req *publisher.Request, ans classify.Answer) {
+	value, now := ans.Header.Get("Retry-After"), time.Now()
+	till := now
+	if d, err := strconv.Atoi(value); err == nil {
+		till = now.Add(time.Duration(d) * time.Second)
+	} else if at, err := http.ParseTime(value); err == nil {
+		till = at
+	}
+	if till.After(now) {
+		w.windows[req.Creator] = append(w.windows[req.Creator], window{worker: s.name, request: req.ID, from: now, till: till})
+	}
+}
+
+// deleteStored deletes a request from its stream.
+func (w *world) deleteStored(number int) {
 	w.mu.Lock()
-	fate, latency := w.fates.IntN(100), time.Duration(w.fates.IntN(3000))*time.Millisecond
-	hold := strconv.Itoa(1 + w.fates.IntN(90))
+	var seq uint64
+	for _, r := range w.requests {
+		if r.number == number {
+			seq = r.seq
+		}
+	}
 	w.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if stream, err := w.js.Stream(ctx, "REQUESTS"); err == nil && seq > 0 {
+		_ = stream.DeleteMsg(ctx, seq)
+	}
+}
+
+// chance is a number of the API's own source.
+func (w *world) chance(n int) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.fates.IntN(n)
+}
+
+// fate is what chance makes of a call.
+func (w *world) fate(ctx context.Context, _ *simWorker, req *publisher.Request) classify.Answer {
+	fate, latency := w.chance(100), time.Duration(w.chance(3000))*time.Millisecond
+	hold := strconv.Itoa(1 + w.chance(90))
 	select {
 	case <-time.After(latency):
 	case <-ctx.Done():
@@ -375,5 +365,13 @@ func (w *world) fate(ctx context.Context, _ *simWorker, _ *publisher.Request) cl
 	case fate < 24:
 		panic("the API's client panics")
 	}
-	return ok()
+	return simDone(req)
+}
+
+// done is the API's answer to a request: it says which one.
+func simDone(req *publisher.Request) classify.Answer {
+	a := ok()
+	n, _ := numberIn(req.Payload)
+	a.Body, _ = json.Marshal(simPayload{N: &n})
+	return a
 }

@@ -2,9 +2,14 @@ package consumer
 
 import (
 	"context"
-	"fmt"
+	"errors"
+	"sync/atomic"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/control"
 	"github.com/headgate-io/headgate/resilience"
 )
 
@@ -34,18 +39,17 @@ const heldByOperator = "operator"
 func (w *Worker) Snapshot() Snapshot {
 	now := time.Now()
 	s := Snapshot{
-		InFlight: w.gates.InFlight(), Near: int(w.near.Load()),
+		InFlight: w.shared.gates.InFlight(), Near: int(w.shared.memory.count.Load()),
 		Breakers: map[string]int{}, Held: map[string]int{},
-		Backlog: int(w.backlog.Load()),
+		Backlog: int(w.backlog.stored.Load()),
 		Credits: w.credits.of(now).Spent, CreditsPerDay: w.cfg.Credits.PerDay,
 	}
-	if at := w.oldest.Load(); at != 0 {
+	if at := w.backlog.oldest.Load(); at != 0 {
 		s.Oldest = now.Sub(time.Unix(0, at))
 	}
-	if no, blocked := w.gates.Blocked(now); blocked {
-		s.Account = no.Reason == resilience.ReasonAccountHold
-		s.Provider = !s.Account
-	}
+	gates := w.shared.gates
+	s.Account = gates.AccountHeld(now) != nil
+	s.Provider = gates.ProviderHeld(now) != nil || gates.ProviderOpen()
 	for _, p := range w.partitions {
 		p.mu.Lock()
 		if p.active {
@@ -71,18 +75,20 @@ func (w *Worker) Snapshot() Snapshot {
 
 // Ready says what keeps the worker from working, nil if nothing does.
 func (w *Worker) Ready() error {
-	if !w.nc.IsConnected() {
-		return fmt.Errorf("not connected to NATS")
+	if err := w.keeper.Ready(); err != nil {
+		return err
 	}
-	w.members.mu.Lock()
-	defer w.members.mu.Unlock()
-	if w.members.left {
-		return fmt.Errorf("stopping")
-	}
-	if age := time.Since(w.members.confirmed); age > leaseTTL {
-		return fmt.Errorf("its leases have not been renewed lately")
+	if w.shared.stuck() {
+		return errors.New("outcomes cannot be stored; see the log, and run `headgate doctor`")
 	}
 	return nil
+}
+
+// backlog is the state of the request stream, as of a few seconds ago.
+type backlog struct {
+	stored, oldest atomic.Int64 // messages, and when the first was stored in Unix nanoseconds
+	created        time.Time    // of the stream
+	last           uint64       // its last sequence
 }
 
 // watchBacklog looks at the request stream now and then.
@@ -91,12 +97,13 @@ func (w *Worker) watchBacklog(ctx context.Context) {
 	defer t.Stop()
 	for {
 		short, cancel := context.WithTimeout(ctx, backlogEvery)
-		if info, err := w.stream.Info(short); err == nil {
-			w.backlog.Store(int64(info.State.Msgs))
-			w.oldest.Store(0)
+		if info, err := w.server.stream.Info(short); err == nil {
+			w.backlog.stored.Store(int64(info.State.Msgs))
+			w.backlog.oldest.Store(0)
 			if info.State.Msgs > 0 {
-				w.oldest.Store(info.State.FirstTime.UnixNano())
+				w.backlog.oldest.Store(info.State.FirstTime.UnixNano())
 			}
+			w.restored(short, info)
 		}
 		cancel()
 		select {
@@ -108,3 +115,27 @@ func (w *Worker) watchBacklog(ctx context.Context) {
 }
 
 const backlogEvery = 10 * time.Second
+
+// restored notices that the request stream was put back to an older state, from a backup: requests that
+// were settled since are stored again, and would be called again.
+func (w *Worker) restored(ctx context.Context, info *jetstream.StreamInfo) {
+	b, last := &w.backlog, info.State.LastSeq
+	// A stream that was restored by the server's API is as old as its restoration, and its messages
+	// are older. One that was made again is empty at first.
+	copied := info.State.Msgs > 0 && info.State.FirstTime.Before(info.Created)
+	older := last < b.last && (copied || b.created.Equal(info.Created))
+	b.created, b.last = info.Created, last
+	if !older {
+		return
+	}
+	h := resilience.Hold{
+		Since: time.Now(), Who: w.cfg.Name, Class: classify.Internal,
+		Reason: "the stream " + w.server.name + " was restored from an older copy: requests that had an outcome may be stored again, and would be called again",
+	}
+	w.log.Error().Uint64("last_seq", last).Msg(h.Reason + "; the account is held until it is released")
+	if w.shared.gates.HoldAccount(resilience.ByAPI, h) {
+		if err := w.holds.Put(ctx, control.Target{Kind: control.Account}, h); err != nil {
+			w.log.Error().Err(err).Msg("the account's hold is known to this worker only, until it can be stored; trying again")
+		}
+	}
+}

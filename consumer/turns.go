@@ -1,9 +1,7 @@
 package consumer
 
 import (
-	"maps"
-	"math/rand/v2"
-	"slices"
+	"container/heap"
 	"strings"
 	"time"
 
@@ -11,196 +9,271 @@ import (
 )
 
 const (
-	// longestPark is for how long a message is set aside at once; then it is
-	// asked again whether it still has to wait.
+	// longestPark is for how long a message is set aside at once; then it comes back by itself
+	// and is asked again whether it still has to wait.
 	longestPark = 10 * time.Minute
 
-	// roundAbove is the distance from which messages are sent back in groups,
-	// on whole seconds unless a creator is fast: the server looks at all that
-	// wait each time that one is due. They come back up to a second early
-	// and wait for their turn in the worker. Where there are many, it is done
-	// with the closer ones, too.
+	// roundAbove is the distance from which messages are sent back in groups, on whole seconds:
+	// the server looks at all that wait each time that one is due.
 	roundAbove = 10 * time.Second
-	many       = 1000
 
-	// hurryEvery is how often it is asked whether somebody waits for nothing.
-	hurryEvery = 5 * time.Second
+	// fetchAhead is how long before a creator may be called its requests are fetched.
+	fetchAhead = time.Second
+
+	// fetchTimeout is the age at which a message that was fetched and has not come is looked for.
+	fetchTimeout = 5 * time.Second
 )
 
-// park sends d back until its turn; zero: until c is released.
-func (p *partition) park(c *creator, d *delivery, turn time.Time, own bool) {
+// parked is a message that was NAK'd and waits at the server. It comes back when its delay is
+// over, or when a second NAK on its reply fetches it.
+type parked struct {
+	id      string
+	creator string
+	seq     uint64
+	reply   string
+	kind    resilience.Kind
+	record  record
+	why     resilience.Refusal
+	stored  time.Time
+	expires time.Time
+
+	// due is when it may be called, where that is its own matter and not its creator's: after
+	// its backoff. Zero: as soon as there is room.
+	due  time.Time
+	back time.Time // when its delay at the server is over
+
+	fetched     time.Time // when it was fetched; zero: it was not
+	unknown     bool      // to be looked up when it comes back
+	unexplained bool
+	refreshed   bool
+}
+
+// own reports that a request waits for its own backoff.
+func (k *parked) own() bool { return !k.due.IsZero() }
+
+// park sends d back to the server. k says how it waits; park fills in the rest.
+func (p *partition) park(c *creator, d *delivery, k *parked) {
 	now := time.Now()
-	p.notAlone(d)
-	if !p.lease.holds(now) {
-		// Its owner is another worker by now, which may be calling it.
-		delete(p.here, d.seq)
+	p.forget(d)
+	if d.marked { // it would be UNCERTAIN if this worker vanished, and is not called soon
+		marked := &delivery{msg: d.msg, req: d.req, record: d.record, seq: d.seq, stored: d.stored, count: d.count}
+		p.spawn(func() { p.settler.unmark(marked) })
+		d.record.Mark, d.marked = nil, false
+	}
+	if !p.lease.Valid(now) || d.reply == "" {
+		// Its owner is another worker by now, or the reconciler found it and will again.
 		return
 	}
-	until := turn
-	if until.IsZero() || until.After(d.expires) {
-		until = d.expires // then it is a dead letter
+	k.id, k.creator, k.seq, k.reply, k.kind = strings.Clone(d.req.ID), c.name, d.seq, d.reply, d.op.Kind
+	k.record, k.stored, k.expires = d.record, d.stored, d.expires
+	k.unexplained, k.refreshed = d.unexplained, d.refreshed
+	delay := longestPark
+	if k.own() {
+		delay = min(delay, k.due.Sub(now))
 	}
+	if !k.unknown {
+		delay = min(delay, k.expires.Sub(now)) // then it is a dead letter
+	}
+	if delay > roundAbove && !k.own() {
+		delay = now.Add(delay).Truncate(time.Second).Sub(now)
+	}
+	if delay <= 0 {
+		delay = abandonedFor
+	}
+	k.back = now.Add(delay)
 	if c.parked == nil {
 		c.parked = make(map[uint64]*parked)
 	}
-	c.parked[d.seq] = &parked{
-		id: strings.Clone(d.req.ID), reply: d.msg.Reply, kind: d.op.Kind, turn: until, record: d.record, own: own, why: d.why,
-		unexplained: d.unexplained,
+	c.parked[d.seq] = k
+	if !k.own() {
+		heap.Push(&c.ready, k.seq)
 	}
-	p.w.reply(d.msg.Reply, nakAfter(p.delay(c, d.op.Kind, until, now)))
-	delete(p.here, d.seq)
+	p.server.reply(d.reply, nakAfter(delay))
 }
 
-// delay is for how long a message is set aside for a turn.
-func (p *partition) delay(c *creator, kind resilience.Kind, turn, now time.Time) time.Duration {
-	delay := min(turn.Sub(now), longestPark)
-	if delay <= roundAbove && len(c.parked) < many {
-		return delay
+// unpark takes the message that d is a delivery of out of those parked; nil: it is none of them.
+func (p *partition) unpark(c *creator, d *delivery) *parked {
+	k := c.parked[d.seq]
+	if k == nil {
+		return nil
 	}
-	// As many as may wait here come back at once, and not more.
-	pace := c.gate.Pace(kind)
-	group := min(pace*time.Duration(mayWait(pace))/2, time.Second)
-	if delay <= group {
-		return delay
+	delete(c.parked, d.seq)
+	if !k.fetched.IsZero() {
+		c.fetched--
 	}
-	return now.Add(delay).Truncate(group).Sub(now)
+	d.adopt(k.record)
+	d.why, d.unexplained, d.refreshed = k.why, k.unexplained, k.refreshed
+	return k
 }
 
-// finish forgets a message that has been settled.
-func (p *partition) finish(d *delivery) {
-	p.mu.Lock()
-	delete(p.here, d.seq)
-	p.notAlone(d)
-	p.mu.Unlock()
+// comeBack goes on with a message that was parked.
+func (p *partition) comeBack(c *creator, d *delivery, k *parked, now time.Time) {
+	switch {
+	case k.own() && k.due.Sub(now) > nearTurn && now.Before(d.expires):
+		// Set aside for longer than can be done at once.
+		p.park(c, d, &parked{due: k.due, why: k.why, unknown: k.unknown})
+	case k.unknown:
+		d.enter(lookingUp)
+		p.async(d, func() { p.lookUp(d) })
+	default:
+		p.admit(c, d, now)
+	}
 }
 
-// atOnce lets a message go again as soon as its gate allows it.
-func (p *partition) atOnce(c *creator, d *delivery) {
+// fetch gets as many parked requests of c back as there is room for, the first ones first. In its
+// turn c gets at least one, and keeps the turn until that is here.
+func (p *partition) fetch(c *creator, turn bool, now time.Time) {
+	seq, there := c.firstReady()
+	if !there {
+		return
+	}
+	k := c.parked[seq]
+	if no, refused := c.gate.Look(now, k.kind); refused && !shared(no.Reason) {
+		k.why = no
+		if far(no, now) || no.NotBefore.IsZero() {
+			p.arm(c, no, now)
+			return
+		}
+	}
+	if p.elsewhere[c.name] {
+		return
+	}
+	limit := p.limitOf(c, k.kind, now)
+	if reason := p.shared.ahead(); reason != "" && !turn {
+		// Others are in line for what it needs. It queues up, and is fetched in its turn.
+		if len(c.waiting)+c.fetched == 0 {
+			p.shared.enqueue(p, c, reason)
+		}
+		return
+	}
+	n := limit - len(c.waiting) - c.fetched
+	switch {
+	case turn:
+		c.next = true
+		n = max(1, min(n, c.gate.Slots()))
+	case n < (limit+1)/2 || !p.shared.memory.room() && len(c.waiting)+c.fetched > 0:
+		return
+	}
+	for ; n > 0; n-- {
+		seq, there := c.firstReady()
+		if !there {
+			return
+		}
+		heap.Pop(&c.ready)
+		k := c.parked[seq]
+		k.fetched = now
+		c.fetched++
+		p.server.reply(k.reply, nakPayload)
+	}
+}
+
+// firstReady is the first of the parked requests that wait for room.
+func (c *creator) firstReady() (seq uint64, there bool) {
+	for len(c.ready) > 0 {
+		if k := c.parked[c.ready[0]]; k != nil && !k.own() && k.fetched.IsZero() {
+			return c.ready[0], true
+		}
+		heap.Pop(&c.ready) // it came back by itself
+	}
+	c.ready = nil
+	return 0, false
+}
+
+// retryAt lets a request come back after a time: after its backoff, or when its
+// creator's hold is over, if that is what it waits for. unknown: the server is asked again what became
+// of it.
+func (p *partition) retryAt(d *delivery, after time.Time, why resilience.Refusal, unknown bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.active {
-		p.w.reply(d.msg.Reply, nakPayload)
-		delete(p.here, d.seq)
-		p.notAlone(d)
+		p.abandon(d)
 		return
 	}
-	d.call, d.waited, d.starved = nil, true, false
-	p.admit(c, d, time.Now())
+	c := p.creator(d.req.Creator)
+	d.decided = false
+	d.why = why
+	k := &parked{due: after, why: why, unknown: unknown}
+	hold := c.gate.Held(time.Now())
+	// It waits for the hold that it may have caused, and ends with it, unless its own backoff is
+	// longer by more than chance.
+	if hold != nil && !unknown && (hold.Until.IsZero() || !after.After(hold.Until.Add(d.op.Retry.Base))) {
+		k.due = time.Time{}
+		k.why = resilience.Refusal{Reason: resilience.ReasonHold, NotBefore: hold.Until, Hold: hold}
+	}
+	p.park(c, d, k)
+	p.pump(c)
 }
 
-// again lets a message whose call failed come back after its backoff.
-func (p *partition) again(c *creator, d *delivery, after time.Time) {
+// readmit lets a request go again as soon as its gate allows it.
+func (p *partition) readmit(d *delivery) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	d.why = resilience.Refusal{Reason: reasonBackoff, NotBefore: after}
-	turn, own := after, true
-	if hold := c.gate.Held(time.Now()); hold != nil {
-		// It is first in line, at the end of the hold that it may have caused.
-		at := c.gate.Turn(time.Now(), d.op.Kind, 0, rand.Float64())
-		// What it waits for is the hold, and ends with it, unless its own backoff is
-		// longer by more than chance.
-		if at.IsZero() || !after.After(hold.Until.Add(d.op.Retry.Base)) {
-			turn, own = at, false
-			if !at.IsZero() && after.After(at) {
-				turn = after
-			}
-			d.why = resilience.Refusal{Reason: resilience.ReasonHold, NotBefore: hold.Until, Hold: hold}
-		}
+	if !p.active {
+		p.abandon(d)
+		return
 	}
-	p.park(c, d, turn, own)
+	d.call = nil
+	if p.shared.notAlone(d) {
+		p.spawn(p.shared.wake)
+	}
+	p.admit(p.creator(d.req.Creator), d, time.Now())
 }
 
-// reasonBackoff is a request's own wait between two attempts. Gates do not know it.
-const reasonBackoff resilience.Reason = "backoff"
+// acknowledge removes a request from the stream: it has its outcome.
+func (p *partition) acknowledge(d *delivery) {
+	p.settler.ack(d)
+	p.mu.Lock()
+	p.forget(d)
+	p.mu.Unlock()
+}
 
-// replan gives all who wait a new turn, because a hold has ended before its
-// time or because the pace has changed. A second NAK on the reply that was
-// kept moves a message to its new turn. Those in their own backoff keep it.
-func (p *partition) replan(c *creator) {
+// leave gives a request back, to be delivered again to the partition's owner.
+func (p *partition) leave(d *delivery) {
+	if !d.op.NotIdempotent || !d.called {
+		p.settler.unmark(d)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.active || p.creators[c.name] != c {
+	p.abandon(d)
+}
+
+// abandon is leave, under the lock and with the mark as it is.
+func (p *partition) abandon(d *delivery) {
+	if p.here[d.seq] == d {
+		p.forget(d)
+	}
+	if p.lease.Valid(time.Now()) {
+		p.server.reply(d.reply, nakAfter(abandonedFor))
+	}
+}
+
+// abandonedFor keeps a request that cannot be worked on now from coming back in a hot loop.
+const abandonedFor = 250 * time.Millisecond
+
+// forget is the end of every delivery in this worker.
+func (p *partition) forget(d *delivery) {
+	if p.here[d.seq] != d {
 		return
 	}
-	c.gate.Replan()
-	c.plans++
-	plan := c.plans
-	seqs := slices.Sorted(maps.Keys(c.parked))
-	seqs = p.replanSome(c, seqs)
-	if len(seqs) == 0 {
-		return
+	delete(p.here, d.seq)
+	if c := p.creators[d.req.Creator]; c != nil && d.counted {
+		c.here--
 	}
-	// The first ones go on at once, however many there are.
-	p.goes(func() {
-		for len(seqs) > 0 {
-			p.mu.Lock()
-			if !p.active || c.plans != plan {
-				p.mu.Unlock()
-				return
-			}
-			seqs = p.replanSome(c, seqs)
-			p.mu.Unlock()
-		}
-	})
-}
-
-// replanSome gives the first of seqs their new turns and returns the rest.
-func (p *partition) replanSome(c *creator, seqs []uint64) (rest []uint64) {
-	some := seqs[:min(len(seqs), 2*nearest)]
-	now := time.Now()
-	for _, seq := range some {
-		k := c.parked[seq]
-		if k == nil || k.own {
-			continue
-		}
-		k.turn = c.gate.Turn(now, k.kind, 0, 0)
-		until := k.turn
-		if until.IsZero() {
-			until = now.Add(longestPark)
-		}
-		p.w.reply(k.reply, nakAfter(p.delay(c, k.kind, until, now)))
-	}
-	p.pumpLocked(c)
-	return seqs[len(some):]
-}
-
-// hurry gives new turns to those who wait although nothing keeps them from being
-// called: turns are planned by the pace of the time when they are given, and an
-// API that was slow then may be fast now, with nobody being called to notice.
-func (p *partition) hurry(now time.Time) {
-	var idle []*creator
-	p.mu.Lock()
-	for _, c := range p.creators {
-		if len(c.parked) == 0 || len(c.waiting) > 0 || c.gate.InFlight() > 0 || c.gate.Held(now) != nil {
-			continue
-		}
-		var first *parked
-		for _, k := range c.parked {
-			if !k.own && (first == nil || k.turn.Before(first.turn)) {
-				first = k
-			}
-		}
-		if first == nil || first.turn.Sub(now) <= nearTurn {
-			continue
-		}
-		// Tokens of the account are leased for those who wait here: nobody does.
-		if no, refused := c.gate.Look(now, first.kind); !refused || no.Reason == resilience.ReasonAccount {
-			idle = append(idle, c)
-		}
-	}
-	p.mu.Unlock()
-	for _, c := range idle {
-		c.gate.Unlearn()
-		p.replan(c)
+	if p.shared.notAlone(d) {
+		p.spawn(p.shared.wake)
 	}
 }
 
-// replanAll is replan for every creator.
-func (p *partition) replanAll() {
-	p.mu.Lock()
-	all := slices.Collect(maps.Values(p.creators))
-	p.mu.Unlock()
-	for _, c := range all {
-		p.replan(c)
-	}
+// sequences is a heap of stream sequences.
+type sequences []uint64
+
+func (s sequences) Len() int           { return len(s) }
+func (s sequences) Less(i, j int) bool { return s[i] < s[j] }
+func (s sequences) Swap(i, j int)      { s[i], s[j] = s[j], s[i] }
+func (s *sequences) Push(x any)        { *s = append(*s, x.(uint64)) }
+func (s *sequences) Pop() any {
+	old := *s
+	x := old[len(old)-1]
+	*s = old[:len(old)-1]
+	return x
 }

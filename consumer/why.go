@@ -8,25 +8,30 @@ import (
 	"time"
 
 	"github.com/headgate-io/headgate/classify"
+	"github.com/headgate-io/headgate/internal/mutant"
 	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
 )
 
-// Why says why a creator's requests wait: the one reason, and when it ends.
+// Why says why the requests of a creator wait: the one reason, and when it ends.
 type Why struct {
 	Creator string            `json:"creator"`
 	Request string            `json:"request,omitempty"` // where one was asked for
-	Worker  string            `json:"worker"`            // who answers, and owns the creator
+	Worker  string            `json:"worker"`            // that answers, and owns the creator
 	Reason  resilience.Reason `json:"reason,omitempty"`  // "": nothing keeps it
-	Until   *time.Time        `json:"until,omitempty"`   // absent: not known, or until somebody acts
+	Until   *time.Time        `json:"until,omitempty"`   // absent: not known, or until a person acts
 	Text    string            `json:"text"`              // for people
-	Action  string            `json:"action,omitempty"`  // what somebody must do
+	Action  string            `json:"action,omitempty"`  // what a person must do
 
-	InFlight int `json:"in_flight"` // calls
-	Waiting  int `json:"waiting"`   // in the worker
-	Parked   int `json:"parked"`    // at the server, until their turn
-	Retrying int `json:"retrying"`  // of those: after a call that failed
-	Attempts int `json:"attempts"`  // the most that one of those had
+	InFlight  int `json:"in_flight"`  // calls
+	Settling  int `json:"settling"`   // requests whose outcome is being stored
+	LookingUp int `json:"looking_up"` // requests about which the server is being asked
+	Waiting   int `json:"waiting"`    // in the worker
+	Parked    int `json:"parked"`     // at the server, until their turn
+	Pending   int `json:"pending"`    // requests of the whole partition that have not been looked at
+	Ahead     int `json:"ahead"`      // of one request: the creator's that are called before it
+	Retrying  int `json:"retrying"`   // of those parked: after a call that failed
+	Attempts  int `json:"attempts"`   // the most that one of those had
 
 	Failures []publisher.Attempt `json:"failures,omitempty"` // the latest, the last one first
 }
@@ -34,11 +39,13 @@ type Why struct {
 // lastFailures is how many failures are remembered of a creator.
 const lastFailures = 5
 
-// failed remembers a failure of c.
-func (p *partition) failed(c *creator, a publisher.Attempt) {
+// failed remembers a failure of a creator.
+func (p *partition) failed(name string, a publisher.Attempt) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	c.failures = append(c.failures[max(0, len(c.failures)-lastFailures+1):len(c.failures):len(c.failures)], a)
+	if c := p.creators[name]; c != nil {
+		c.failures = append(c.failures[max(0, len(c.failures)-lastFailures+1):len(c.failures):len(c.failures)], a)
+	}
 }
 
 // PartitionOf is the partition that the server puts a creator's requests into:
@@ -53,7 +60,7 @@ func PartitionOf(creator string, partitions int) (int, error) {
 	return int(h.Sum32() % uint32(partitions)), nil
 }
 
-// Why answers for a creator whose partition this worker owns; else it reports false.
+// Why answers for a creator whose partition this worker owns; otherwise it reports false.
 func (w *Worker) Why(name string) (Why, bool) {
 	p := w.partitionOf(name)
 	if p == nil {
@@ -62,7 +69,7 @@ func (w *Worker) Why(name string) (Why, bool) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.active || !p.lease.holds(now) {
+	if !p.active || !p.lease.Valid(now) {
 		return Why{}, false
 	}
 	return p.why(name, now), true
@@ -70,73 +77,137 @@ func (w *Worker) Why(name string) (Why, bool) {
 
 // why is Why, under the partition's lock.
 func (p *partition) why(name string, now time.Time) Why {
-	y := Why{Creator: name, Worker: p.w.cfg.Name}
+	y := Why{Creator: name, Worker: p.settler.worker, Pending: int(p.pending)}
 	c := p.creators[name]
 	if c == nil {
-		c = &creator{name: name} // nothing is known of it, which is well
-		if h, held := p.w.holds.of(name); held && h.Stands(now) {
-			y.explain(resilience.Refusal{Reason: resilience.ReasonHold, NotBefore: h.Until, Hold: &h})
-			return y
-		}
-		if no, blocked := p.w.gates.Blocked(now); blocked {
+		if no, kept := p.whyUnknown(name, now); kept {
 			y.explain(no)
-			return y
 		}
-		y.Text = "nothing waits, and nothing keeps it"
+		y.idle()
 		return y
 	}
-	y.Waiting, y.Parked = len(c.waiting), len(c.parked)
-	var backoff, turn time.Time
-	for _, k := range c.parked {
-		if k.own {
-			y.Retrying++
-			y.Attempts = max(y.Attempts, len(k.record.Attempts))
-			if backoff.IsZero() || k.turn.Before(backoff) {
-				backoff = k.turn
-			}
-		} else if turn.IsZero() || k.turn.Before(turn) {
-			turn = k.turn
+	y.count(c)
+	y.countHere(p, name)
+	kind, next := c.nextKind()
+	no, refused := c.gate.Look(now, kind)
+	waits := y.Waiting+y.Parked > 0
+	always := no.Hold != nil || no.Reason == resilience.ReasonBreaker || no.Reason == resilience.ReasonProviderBreaker
+	switch {
+	// A reason for which a creator is not called at all is said even if nothing waits.
+	case refused && always, refused && waits && !shared(no.Reason):
+		y.explain(no)
+	case p.elsewhere[name]:
+		y.explain(resilience.Refusal{Reason: reasonElsewhere})
+	case !waits:
+	case next != nil && next.own():
+		y.explain(next.why)
+	case len(c.waiting) > 0 && c.waiting[0].why.Reason != "":
+		y.explain(c.waiting[0].why)
+	case len(c.suspects) > 0:
+		y.explain(resilience.Refusal{Reason: reasonSuspect})
+	case refused:
+		y.explain(no)
+	case next != nil && next.why.Reason != "":
+		y.explain(resilience.Refusal{Reason: reasonTurn})
+	}
+	y.idle()
+	return y
+}
+
+// whyUnknown is what keeps a creator of which no request is known here.
+func (p *partition) whyUnknown(name string, now time.Time) (resilience.Refusal, bool) {
+	if no, blocked := p.shared.gates.Blocked(now); blocked {
+		return no, true
+	}
+	var longest *resilience.Hold
+	for _, by := range []resilience.Authority{resilience.ByPeople, resilience.ByAPI} {
+		if h, held := p.holds.Of(name, by); held && h.Stands(now) && h.Outlasts(longest) {
+			longest = &h
 		}
 	}
-	y.InFlight = c.gate.Status(now, resilience.Read).InFlight
+	if longest == nil {
+		return resilience.Refusal{}, false
+	}
+	return resilience.Refusal{Reason: resilience.ReasonHold, NotBefore: longest.Until, Hold: longest}, true
+}
+
+// count counts the requests of a creator by where they are.
+func (y *Why) count(c *creator) {
+	y.Waiting, y.Parked = len(c.waiting)+len(c.suspects), len(c.parked)
+	y.InFlight = c.gate.InFlight()
+	for _, k := range c.parked {
+		if n := len(k.record.Attempts); n > 0 {
+			y.Retrying++
+			y.Attempts = max(y.Attempts, n)
+		}
+	}
 	y.Failures = slices.Clone(c.failures)
 	slices.Reverse(y.Failures)
+}
 
-	kind := resilience.Read
-	if len(c.waiting) > 0 {
-		kind = c.waiting[0].op.Kind
-	} else {
-		for _, k := range c.parked {
-			kind = k.kind
-			break
+// countHere counts the requests of a creator that are looked up or settled.
+func (y *Why) countHere(p *partition, name string) {
+	for _, d := range p.here {
+		if d.req.Creator != name {
+			continue
+		}
+		switch d.stage() {
+		case arrived, lookingUp:
+			y.LookingUp++
+		case settling:
+			y.Settling++
 		}
 	}
-	no, refused := c.gate.Look(now, kind)
-	if no.Reason == resilience.ReasonAccount && y.Waiting == 0 {
-		refused = false // tokens are leased for those who wait here: nobody does
-	}
-	queued := y.Waiting+y.Parked > 0
+}
+
+// nextKind is the kind of the request of c that is called next. That is a parked one, and is returned,
+// if none waits in the worker.
+func (c *creator) nextKind() (resilience.Kind, *parked) {
 	switch {
-	// What keeps a creator from being called at all is said even if nobody waits.
-	case refused && (queued || no.Hold != nil || no.Reason == resilience.ReasonBreaker || no.Reason == resilience.ReasonProviderBreaker):
-		y.explain(no)
-	case y.Waiting == 0 && !turn.IsZero() && (backoff.IsZero() || turn.Before(backoff)):
-		y.explain(resilience.Refusal{Reason: resilience.ReasonTurn, NotBefore: turn})
-	case y.Waiting == 0 && !backoff.IsZero():
-		y.explain(resilience.Refusal{Reason: reasonBackoff, NotBefore: backoff})
-	case queued:
+	case len(c.waiting) > 0:
+		return c.waiting[0].op.Kind, nil
+	case len(c.suspects) > 0:
+		return c.suspects[0].op.Kind, nil
+	}
+	if seq, there := c.firstReady(); there {
+		return c.parked[seq].kind, c.parked[seq]
+	}
+	var first *parked
+	for _, k := range c.parked {
+		if first == nil || k.due.Before(first.due) {
+			first = k
+		}
+	}
+	if first == nil {
+		return resilience.Read, nil
+	}
+	return first.kind, first
+}
+
+// idle is the text where no reason was found.
+func (y *Why) idle() {
+	switch {
+	case mutant.On(mutant.WhyGuesses):
+		y.Reason, y.Text = "", "nothing waits, and nothing keeps it"
+	case y.Text != "":
+	case y.Waiting+y.Parked > 0:
 		y.Text = "nothing keeps it: it is about to be called"
 	case y.InFlight > 0:
 		y.Text = "nothing waits; it is being called"
+	case y.LookingUp > 0:
+		y.Text = "nothing waits; the server is being asked what became of its requests"
+	case y.Settling > 0:
+		y.Text = "nothing waits; outcomes of its calls are being stored"
+	case y.Pending > 0:
+		y.Text = fmt.Sprintf("nothing that this worker has looked at waits, and nothing keeps it; %d requests of its partition have not been looked at yet", y.Pending)
 	default:
 		y.Text = "nothing waits, and nothing keeps it"
 	}
-	return y
 }
 
 // explain puts a refusal into words.
 func (y *Why) explain(no resilience.Refusal) {
-	y.Reason = no.Reason
+	y.Reason, y.Until, y.Action = no.Reason, nil, ""
 	if !no.NotBefore.IsZero() {
 		y.Until = &no.NotBefore
 	}
@@ -153,7 +224,7 @@ func (y *Why) explain(no resilience.Refusal) {
 			text += fmt.Sprintf(" (by %s, since %s)", h.Who, h.Since.UTC().Format(time.RFC3339))
 		}
 		if h.Until.IsZero() {
-			text += "; until somebody releases it"
+			text += "; until it is released"
 		}
 		return text
 	}
@@ -184,8 +255,11 @@ var reasons = map[resilience.Reason]string{
 	resilience.ReasonSlow:            "the creator is slow, and the share of slow creators in the worker's calls is used up",
 	resilience.ReasonWorker:          "the worker has as many calls in flight as it may have",
 	resilience.ReasonAccount:         "the account's rate limit, which all creators share, is used up",
-	resilience.ReasonTurn:            "it waits for its turn behind the creator's other requests",
+	reasonTurn:                       "it waits for its turn behind the creator's other requests",
 	reasonBackoff:                    "a call failed, and the next attempt is not due",
+	reasonSuspect:                    "workers vanished while they called it, so it is called alone, and waits until no other such request is being called",
+	reasonStorage:                    "outcomes cannot be stored at the moment, so no further calls are made; look at the worker's log and at `headgate doctor`",
+	reasonElsewhere:                  "the worker that had the partition before is still calling for the creator",
 }
 
 // WhyRequest says why one request waits, if it is known to this worker. Its
@@ -208,39 +282,102 @@ func (p *partition) whyRequest(id string, now time.Time) (Why, bool) {
 		return Why{}, false
 	}
 	for _, d := range p.here {
-		if d.req.ID != id {
-			continue
+		if named(d.req.ID, id) {
+			return p.whyHere(d, now), true
 		}
-		y := p.why(d.req.Creator, now)
-		y.Request, y.Attempts = id, len(d.record.Attempts)
-		if c := p.creators[d.req.Creator]; c == nil || !slices.Contains(c.waiting, d) {
-			y.Reason, y.Until, y.Text = "", nil, "it is being called, or its outcome is being stored"
-		}
-		return y, true
 	}
 	for _, c := range p.creators {
 		for _, k := range c.parked {
-			if k.id != id {
-				continue
+			if named(k.id, id) {
+				return p.whyParked(c, k, now), true
 			}
-			y := p.why(c.name, now)
-			y.Request, y.Attempts = id, len(k.record.Attempts)
-			switch {
-			case k.own:
-				y.explain(resilience.Refusal{Reason: reasonBackoff, NotBefore: k.turn})
-			case y.Reason == "" || y.Reason == reasonBackoff || y.Reason == resilience.ReasonLimit || y.Reason == resilience.ReasonSlots:
-				// Others are in front.
-				y.explain(resilience.Refusal{Reason: resilience.ReasonTurn, NotBefore: k.turn})
-			}
-			return y, true
 		}
 	}
 	return Why{}, false
 }
 
-// Trouble lists the creators of this worker that wait for something, the worst
+// named reports whether a request has an id, or the digest that stands for one that is too long for a
+// subject.
+func named(id, asked string) bool {
+	return id == asked || len(asked) == digestSize && publisher.IDToken(id) == asked
+}
+
+// digestSize is the length of such a digest.
+const digestSize = 64
+
+// whyHere explains a request by its stage.
+func (p *partition) whyHere(d *delivery, now time.Time) Why {
+	y := p.why(d.req.Creator, now)
+	y.Request, y.Attempts = d.req.ID, int(d.tried.Load())
+	text := ""
+	switch d.stage() {
+	case calling:
+		text = "it is being called"
+	case settling:
+		text = "its outcome is being stored"
+		if p.shared.unstored.Load() > 0 {
+			y.explain(resilience.Refusal{Reason: reasonStorage})
+			return y
+		}
+	case arrived, lookingUp:
+		text = "the server is being asked what became of it"
+	default:
+		if d.suspect() {
+			y.explain(resilience.Refusal{Reason: reasonSuspect})
+			return y
+		}
+		if i := slices.Index(p.waitingOf(d.req.Creator), d); i > 0 {
+			y.Ahead = i
+		}
+		return y
+	}
+	y.Reason, y.Until, y.Action, y.Text = "", nil, "", text
+	return y
+}
+
+func latest(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
+func (p *partition) waitingOf(creator string) []*delivery {
+	if c := p.creators[creator]; c != nil {
+		return c.waiting
+	}
+	return nil
+}
+
+// whyParked explains a request that waits at the server.
+func (p *partition) whyParked(c *creator, k *parked, now time.Time) Why {
+	y := p.why(c.name, now)
+	y.Request, y.Attempts = k.id, len(k.record.Attempts)
+	y.Ahead = len(c.waiting)
+	for seq, other := range c.parked {
+		if seq < k.seq && !other.own() {
+			y.Ahead++
+		}
+	}
+	switch {
+	case k.own():
+		no := k.why
+		no.NotBefore = k.due
+		y.explain(no)
+	case y.Reason == "" || y.Reason == reasonBackoff || y.Ahead > 0 && (y.Reason == resilience.ReasonLimit || y.Reason == resilience.ReasonSlots):
+		turn := resilience.Refusal{Reason: reasonTurn}
+		if interval := c.gate.Interval(k.kind); interval > 0 {
+			no, _ := c.gate.Look(now, k.kind)
+			turn.NotBefore = latest(no.NotBefore, now).Add(time.Duration(y.Ahead) * interval)
+		}
+		y.explain(turn)
+	}
+	return y
+}
+
+// Waiting lists the creators of this worker that wait for something, the most urgent
 // first, and no more than limit of them.
-func (w *Worker) Trouble(limit int) []Why {
+func (w *Worker) Waiting(limit int) []Why {
 	now := time.Now()
 	var all []Why
 	for _, p := range w.partitions {
@@ -254,15 +391,15 @@ func (w *Worker) Trouble(limit int) []Why {
 		}
 		p.mu.Unlock()
 		if len(all) > 4*limit {
-			all = Worst(all, limit)
+			all = MostUrgent(all, limit)
 		}
 	}
-	return Worst(all, limit)
+	return MostUrgent(all, limit)
 }
 
-// Worst sorts creators by trouble: those that need somebody, then those that wait
-// for longest, then those with most that waits.
-func Worst(all []Why, limit int) []Why {
+// MostUrgent sorts creators by urgency: those for which a person must act, then those that are held, then
+// those with most requests that wait.
+func MostUrgent(all []Why, limit int) []Why {
 	slices.SortFunc(all, func(a, b Why) int {
 		return cmp.Or(
 			-cmp.Compare(a.urgency(), b.urgency()),

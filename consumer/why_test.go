@@ -86,7 +86,7 @@ func TestWhy(t *testing.T) {
 		},
 		"turn": {
 			limits: func(c *Config) { c.Gates.Creator.Rate = resilience.Rate{PerSecond: 0.1, Burst: 1} }, n: 20, after: time.Second,
-			request: "alice-19", reason: resilience.ReasonTurn, until: 190 * time.Second, says: "its turn",
+			request: "alice-19", reason: reasonTurn, until: 190 * time.Second, says: "its turn",
 		},
 		"nothing": {n: 3, after: 10 * time.Second, reason: "", says: "nothing waits"},
 	} {
