@@ -21,7 +21,7 @@ var kills = flag.Int("kills", 0, "kill so many workers, and a third as often the
 // no more than what was in flight.
 func TestKill(t *testing.T) {
 	chaos(t)
-	workers, servers, drain := 30, 10, 2*time.Minute
+	workers, servers, drain := 30, 10, 5*time.Minute
 	if *long {
 		workers, servers, drain = 300, 100, 8*time.Minute
 	}
@@ -39,7 +39,7 @@ func TestKill(t *testing.T) {
 		f.kill(f.any())
 		f.start()
 	}
-	f.balanced(30 * time.Second)
+	f.balanced(2 * time.Minute)
 
 	f.api.startGap()
 	for range servers {
@@ -67,7 +67,7 @@ func TestKill(t *testing.T) {
 // paused for longer than the server waits for its ack.
 func TestNetworkFaults(t *testing.T) {
 	chaos(t)
-	faults, drain := 6, 3*time.Minute
+	faults, drain := 6, 5*time.Minute
 	if *long {
 		faults, drain = 150, 8*time.Minute
 	}

@@ -137,6 +137,9 @@ func explain(w io.Writer, p *classify.Profile, a classify.Answer, f classify.Fai
 	row("rule", f.Rule)
 	row("class", string(f.Class))
 	row("scope", string(f.Scope))
+	row("suspected", string(f.Suspect))
+	row("cause", string(f.Cause))
+	row("detail", quoted(f.Detail))
 	row("code", quoted(f.Code))
 	row("message", quoted(f.Message))
 	row("field", quoted(f.Field))
@@ -171,7 +174,7 @@ func effect(p *classify.Profile, f classify.Failure, failed bool) string {
 	return "called again, with backoff"
 }
 
-// held says who else waits because of a failure.
+// held says which creators wait because of a failure.
 func held(f classify.Failure, failed bool) string {
 	who := "the creator"
 	switch f.Scope {
@@ -183,15 +186,17 @@ func held(f classify.Failure, failed bool) string {
 	switch {
 	case !failed:
 	case f.Class == classify.SessionExpired:
-		return who + " until somebody acts"
+		return who + " until a person acts"
 	case f.Class == classify.ConcurrencyLimit:
-		return "nobody: fewer calls at once"
+		return "no creator: fewer calls at once"
 	case f.Class == classify.RateLimit && f.RetryAfter > 0, f.Class.Unhealthy() && f.RetryAfter > 0:
 		return fmt.Sprintf("%s for %v", who, f.RetryAfter)
 	case f.Scope == classify.ScopeAccount && !f.Retryable && f.RetryAfter > 0:
 		return fmt.Sprintf("%s for %v", who, f.RetryAfter)
+	case f.Suspect == classify.ScopeAccount && !f.Retryable:
+		return "no creator, until several creators in a row have met it: then the account"
 	case f.Scope == classify.ScopeAccount && !f.Retryable:
-		return who + " until a call now and then finds it well, or somebody releases it"
+		return who + " until a call now and then finds it well, or an operator releases it"
 	}
 	return ""
 }

@@ -147,13 +147,14 @@ func TestClassifyExplains(t *testing.T) {
 	}{
 		"session": {args: "--profile ofauth --status 401 --body @" + body, want: []string{
 			"ofauth.yaml:", "code SESSION_NOT_PROVIDED, SESSION_EXPIRED", "class         SESSION_EXPIRED", "scope         creator", `action        "relink_connection"`,
-			`"gone\x1b[31m"`, `request id    "r1"`, "not called again: a dead letter", "the creator until somebody acts"}},
+			`"gone\x1b[31m"`, `request id    "r1"`, "not called again: a dead letter", "the creator until a person acts"}},
 		"limit":       {args: "--status 429 --header Retry-After:90", want: []string{"called again in 1m30s", "the creator for 1m30s"}},
 		"limit, mute": {args: "--status 429", want: []string{"called again in 1m0s (the API did not say for how long)"}},
 		"success":     {args: "--status 200", want: []string{"success: the answer is the result"}},
 		"outage":      {args: "--status 503 --header Retry-After:5", want: []string{"SERVER_ERROR", "if several creators fail, the provider; for 5s"}},
 		"backoff":     {args: "--status 500", want: []string{"called again, with backoff"}},
-		"key":         {args: "--status 401", want: []string{"the account, that is, every creator, until a call now and then finds it well"}},
+		"401":         {args: "--status 401", want: []string{"suspected     account", "until several creators in a row have met it: then the account"}},
+		"key":         {args: `--profile ofauth --status 401 --body {"type":"UNAUTHORIZED"}`, want: []string{"the account, that is, every creator, until a call now and then finds it well"}},
 		"refresh":     {args: "--profile fanfare --status 401", want: []string{"the credentials are renewed once"}},
 		"slots":       {args: "--profile apifreaks --status 429 --header X-Concurrent-Threads:2 --header X-Concurrent-Threads-Active:2", want: []string{"CONCURRENCY_LIMIT", "fewer calls at once", "2 of 2 in use"}},
 		"look-up":     {args: "--profile apifreaks --status 404", want: []string{"an empty result if the operation looks something up"}},

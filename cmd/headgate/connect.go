@@ -185,7 +185,7 @@ func (s *session) topology() publisher.Topology {
 	return publisher.Topology{
 		Namespace: publisher.Namespace(c.Namespace), Partitions: c.Partitions, Replicas: c.NATS.Replicas,
 		MaxAge: c.Retry.MaxAge, ResultsMaxAge: c.Results.MaxAge, DLQMaxAge: c.DLQ.MaxAge,
-		BacklogPerSubject: c.BacklogPerSubject, NoIDInSubject: !c.Results.IDInSubject,
+		BacklogPerSubject: c.BacklogPerSubject,
 		// A message may lie behind as long a call in a full worker's buffer,
 		// and then be called itself, before its next sign of life is due.
 		AckWait: max(30*time.Second, 3*longest),

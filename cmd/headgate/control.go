@@ -5,60 +5,79 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os/user"
+	"strings"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
 
-	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/control"
 	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
 )
 
-// target is who is held or released.
-type target struct{ account, provider bool }
+// targetFlags name what is held or released, beside the creator as an argument.
+type targetFlags struct{ account, provider bool }
 
-func (t *target) flags(cmd *cobra.Command) {
+func (t *targetFlags) add(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&t.account, "account", false, "all creators, because of the API key")
 	cmd.Flags().BoolVar(&t.provider, "provider", false, "all creators, because of the provider")
 	cmd.MarkFlagsMutuallyExclusive("account", "provider")
 }
 
-// key is the target's key in HOLDS, and how people call it.
-func (t *target) key(args []string) (key, who string, err error) {
+func (t *targetFlags) target(args []string) (control.Target, error) {
 	switch {
 	case (t.account || t.provider) == (len(args) == 1):
-		return "", "", exitError{exitUsage, errors.New("name one creator, or --account, or --provider")}
+		return control.Target{}, exitError{exitUsage, errors.New("name one creator, or --account, or --provider")}
 	case t.account:
-		return "account", "the account", nil
+		return control.Target{Kind: control.Account}, nil
 	case t.provider:
-		return "provider", "the provider", nil
+		return control.Target{Kind: control.Provider}, nil
 	}
-	token, err := publisher.EncodeToken(args[0])
-	if err != nil {
-		return "", "", exitError{exitUsage, fmt.Errorf("creator: %w", err)}
+	target := control.Target{Creator: args[0]}
+	if _, err := target.Key(control.ByPeople); err != nil {
+		return control.Target{}, exitError{exitUsage, err}
 	}
-	return "creator." + token, args[0], nil
+	return target, nil
+}
+
+// argument is how a target is named on the command line.
+func argument(t control.Target) string {
+	switch t.Kind {
+	case control.Account:
+		return "--account"
+	case control.Provider:
+		return "--provider"
+	}
+	return t.Creator
+}
+
+// desk is where people hold and release.
+func (s *session) desk(ctx context.Context) (*control.Desk, error) {
+	return control.OpenDesk(ctx, s.js, s.topology().Namespace.Stream(publisher.Holds))
 }
 
 func holdCommand() *cobra.Command {
-	var t target
+	var t targetFlags
 	var during time.Duration
 	var reason string
 	cmd := &cobra.Command{
 		Use:   "hold [CREATOR]",
 		Short: "Let a creator's requests wait, until a time or until they are released",
 		Long: `Let a creator's requests wait, until a time or until they are released. Every worker
-knows within moments. The same by hand: nats kv put HOLDS creator.alice 1h`,
+knows within moments. The same by hand: nats kv put HOLDS creator.alice 1h
+
+A new hold replaces the one by people that was there. A hold that the API's answers
+ask for is another one: it stays, and the one that ends later counts.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			key, who, err := t.key(args)
+			target, err := t.target(args)
 			if err != nil {
 				return err
 			}
 			if reason == "" {
-				return exitError{exitUsage, errors.New("--reason is missing: somebody will ask why")}
+				return exitError{exitUsage, errors.New("--reason is missing: other operators will ask why")}
 			}
 			if during < 0 {
 				return exitError{exitUsage, errors.New("--for must not be negative")}
@@ -68,63 +87,54 @@ knows within moments. The same by hand: nats kv put HOLDS creator.alice 1h`,
 				return err
 			}
 			defer s.Close()
-			kv, err := s.bucket(cmd.Context(), publisher.Holds)
+			desk, err := s.desk(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if err := hold(cmd.Context(), kv, key, during, reason, operator()); err != nil {
-				return fmt.Errorf("hold %s: %w", who, err)
+			if err := hold(cmd.Context(), desk, target, during, reason, operator()); err != nil {
+				return fmt.Errorf("hold %s: %w", target, err)
 			}
 			end := "until it is released"
 			if during > 0 {
 				end = "until " + time.Now().Add(during).Format(time.DateTime)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s is held %s\n", who, end)
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is held %s\n", target, end)
 			return nil
 		},
 	}
-	t.flags(cmd)
+	t.add(cmd)
 	cmd.Flags().DurationVar(&during, "for", 0, "how long, such as 1h; 0: until it is released")
-	cmd.Flags().StringVar(&reason, "reason", "", "why, for whoever asks")
+	cmd.Flags().StringVar(&reason, "reason", "", "why, for other operators")
 	return cmd
 }
 
-// hold writes a hold; during 0: until it is released.
-func hold(ctx context.Context, kv jetstream.KeyValue, key string, during time.Duration, reason, who string) error {
+// hold puts people's hold; during 0: until it is released.
+func hold(ctx context.Context, desk *control.Desk, target control.Target, during time.Duration, reason, who string) error {
 	if reason == "" {
-		return errors.New("a reason is missing: somebody will ask why")
+		return errors.New("a reason is missing: other operators will ask why")
 	}
 	h := resilience.Hold{Since: time.Now(), Reason: reason, Who: who}
 	if during > 0 {
 		h.Until = h.Since.Add(during)
 	}
-	value, err := consumer.EncodeHold(h)
-	if err != nil {
-		return err
-	}
-	_, err = kv.Put(ctx, key, value)
-	return err
-}
-
-// release ends a hold, and reports whether there was one.
-func release(ctx context.Context, kv jetstream.KeyValue, key string) (held bool, err error) {
-	switch _, err := kv.Get(ctx, key); {
-	case errors.Is(err, jetstream.ErrKeyNotFound):
-		return false, nil
-	case err != nil:
-		return false, err
-	}
-	return true, kv.Delete(ctx, key)
+	return desk.Hold(ctx, target, h)
 }
 
 func releaseCommand() *cobra.Command {
-	var t target
+	var t targetFlags
+	var force bool
 	cmd := &cobra.Command{
 		Use:   "release [CREATOR]",
 		Short: "End a hold; what waits goes on at the pace that its limits allow",
-		Args:  cobra.MaximumNArgs(1),
+		Long: `End a hold; what waits goes on at the pace that its limits allow.
+
+It ends the hold by people, and the API's if that waits for people: a session that has
+expired, an account that cannot pay or has a wrong key. While the API still asks to wait
+for a time, such as a Retry-After, calls would break its limit: only --force ends that,
+and without it the exit code is 5.`,
+		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			key, who, err := t.key(args)
+			target, err := t.target(args)
 			if err != nil {
 				return err
 			}
@@ -133,24 +143,51 @@ func releaseCommand() *cobra.Command {
 				return err
 			}
 			defer s.Close()
-			kv, err := s.bucket(cmd.Context(), publisher.Holds)
+			desk, err := s.desk(cmd.Context())
 			if err != nil {
 				return err
 			}
-			held, err := release(cmd.Context(), kv, key)
-			switch {
-			case err != nil:
-				return fmt.Errorf("release %s: %w", who, err)
-			case held:
-				fmt.Fprintf(cmd.OutOrStdout(), "%s is released\n", who)
-			default:
-				fmt.Fprintf(cmd.OutOrStdout(), "%s is not held\n", who)
+			ended, err := desk.Release(cmd.Context(), target, force, operator())
+			if err != nil {
+				return fmt.Errorf("release %s: %w", target, err)
 			}
-			return nil
+			return sayReleased(cmd.OutOrStdout(), target, ended)
 		},
 	}
-	t.flags(cmd)
+	t.add(cmd)
+	cmd.Flags().BoolVar(&force, "force", false, "end the API's hold as well, even if it has an end of its own")
 	return cmd
+}
+
+// sayReleased says what a release has ended. What still stands is an error.
+func sayReleased(w io.Writer, target control.Target, ended control.Ended) error {
+	released := ended.People != nil || ended.API != nil
+	switch {
+	case ended.Stands != nil && released:
+		fmt.Fprintf(w, "%s: the hold by people is ended\n", target)
+	case ended.Stands != nil:
+		fmt.Fprintf(w, "%s is not held by people\n", target)
+	case released:
+		fmt.Fprintf(w, "%s is released\n", target)
+	default:
+		fmt.Fprintf(w, "%s is not held\n", target)
+	}
+	if ended.Stands != nil {
+		return fmt.Errorf("%w: the API still asks for %s, until %s (%s); `headgate release %s --force` ends that, too",
+			errPartly, duration(time.Until(ended.Stands.Until)), ended.Stands.Until.Local().Format(time.DateTime), ended.Stands.Reason, argument(target))
+	}
+	return nil
+}
+
+// duration is one without fractions that say nothing.
+func duration(d time.Duration) string {
+	switch {
+	case d > time.Hour:
+		return strings.TrimSuffix(d.Round(time.Minute).String(), "0s")
+	case d > time.Minute:
+		return d.Round(time.Second).String()
+	}
+	return d.Round(100 * time.Millisecond).String()
 }
 
 func limitsCommand() *cobra.Command {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/headgate-io/headgate/consumer"
 	"github.com/headgate-io/headgate/internal/config"
+	"github.com/headgate-io/headgate/internal/control"
 	"github.com/headgate-io/headgate/internal/fakeapi"
 	"github.com/headgate-io/headgate/internal/telemetry"
 	"github.com/headgate-io/headgate/publisher"
@@ -178,7 +179,7 @@ func (d *demo) watchWork(ctx context.Context, w io.Writer) error {
 	}
 }
 
-// bar shows how many requests are settled: a bar with the rate on a terminal, lines else.
+// bar shows how many requests are settled: a bar with the rate on a terminal, otherwise lines.
 func (d *demo) bar(w io.Writer) func(settled int64) {
 	total := int64(d.requests)
 	if !telemetry.IsTerminal(w) {
@@ -254,12 +255,12 @@ func (d *demo) relink(ctx context.Context) error {
 	case <-time.After(6 * time.Second):
 	}
 	d.relinked.Store(true)
-	holds, err := d.js.KeyValue(ctx, d.topology().Namespace.Stream(publisher.Holds))
+	desk, err := d.desk(ctx)
 	if err != nil {
 		return err
 	}
 	for _, name := range (fakeapi.Cast{}).Expired() {
-		if err := holds.Delete(ctx, "creator."+name); err != nil {
+		if _, err := desk.Release(ctx, control.Target{Creator: name}, false, "relink"); err != nil {
 			return fmt.Errorf("release %s: %w", name, err)
 		}
 	}
@@ -294,7 +295,8 @@ func (d *demo) summary(ctx context.Context, w io.Writer) error {
 	t := table.NewWriter()
 	t.SetStyle(table.StyleLight)
 	t.AppendHeader(table.Row{fmt.Sprintf("%d requests for %d creators", d.requests, d.creators), fmt.Sprintf("in %.1fs", time.Since(d.started).Seconds())})
-	t.AppendRow(table.Row{"results", results.CachedInfo().State.Msgs})
+	// RESULTS has a tombstone for each dead letter.
+	t.AppendRow(table.Row{"results", results.CachedInfo().State.Msgs - info.State.Msgs})
 	t.AppendRow(table.Row{"dead letters", info.State.Msgs})
 	for _, class := range slices.Sorted(maps.Keys(classes)) {
 		t.AppendRow(table.Row{"  " + class, classes[class]})

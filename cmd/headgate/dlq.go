@@ -291,15 +291,24 @@ UNCERTAIN and POISON are replayed only if --class names them: look first.`,
 			return writeStats(cmd.OutOrStdout(), "table", stats)
 		}
 		r.Progress = tellProgress(cmd.ErrOrStderr())
+		r.Failed = func(l dlq.Letter, err error) {
+			fmt.Fprintf(cmd.ErrOrStderr(), "request %q: %v\n", l.RequestID, err)
+		}
 		done, err := box.Replay(cmd.Context(), r)
 		fmt.Fprintf(cmd.OutOrStdout(), "%d of %d dead letters replayed", done.Done, done.Of)
 		if done.Skipped > 0 {
-			fmt.Fprintf(cmd.OutOrStdout(), ", %d left (replayed %d times before, or of a class that has to be named)", done.Skipped, r.MaxReplays)
+			fmt.Fprintf(cmd.OutOrStdout(), ", %d left (replayed %d times before, of a class that has to be named, or of a creator that cannot be read)", done.Skipped, r.MaxReplays)
+		}
+		if done.Failed > 0 {
+			fmt.Fprintf(cmd.OutOrStdout(), ", %d cannot be replayed", done.Failed)
 		}
 		if done.CameBack > 0 {
 			fmt.Fprintf(cmd.OutOrStdout(), ", %d came back with the same class", done.CameBack)
 		}
 		fmt.Fprintln(cmd.OutOrStdout())
+		if err == nil && done.Failed > 0 {
+			err = fmt.Errorf("%d dead letters cannot be replayed, and stay", done.Failed)
+		}
 		if err != nil {
 			return exitError{exitPartly, err}
 		}
@@ -331,7 +340,7 @@ func tellProgress(w io.Writer) func(dlq.Replayed) {
 		}
 		told = now
 		perSecond := float64(done.Done) / now.Sub(began).Seconds()
-		left := time.Duration(float64(done.Of-done.Done-done.Skipped) / perSecond * float64(time.Second))
+		left := time.Duration(float64(done.Of-done.Done-done.Skipped-done.Failed) / perSecond * float64(time.Second))
 		fmt.Fprintf(w, "%d of %d, %.0f/s, about %s left\n", done.Done, done.Of, perSecond, max(left, 0).Round(time.Second))
 	}
 }
@@ -377,7 +386,7 @@ func dlqDropCommand() *cobra.Command {
 	return cmd
 }
 
-// confirm asks before something is destroyed. Where nobody can be asked, --yes
+// confirm asks before something is destroyed. Without a terminal to ask on, --yes
 // has to be given.
 func confirm(cmd *cobra.Command, yes bool, question string) error {
 	if yes {
@@ -385,7 +394,7 @@ func confirm(cmd *cobra.Command, yes bool, question string) error {
 	}
 	in, ok := cmd.InOrStdin().(*os.File)
 	if !ok || !telemetry.IsTerminal(in) {
-		return exitError{exitUsage, errors.New("nothing is deleted without --yes where nobody can be asked")}
+		return exitError{exitUsage, errors.New("there is no terminal to ask on, so nothing was deleted; give --yes to delete")}
 	}
 	fmt.Fprintf(cmd.ErrOrStderr(), "%s [y/N] ", question)
 	answer, _ := bufio.NewReader(in).ReadString('\n')

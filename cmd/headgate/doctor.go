@@ -15,7 +15,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
 
-	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/ownership"
 	"github.com/headgate-io/headgate/publisher"
 )
 
@@ -183,11 +183,11 @@ func (d *doctor) streams(ctx context.Context) {
 			d.note("replicas", isOK, "", "%d", have)
 		}
 	}
-	if s, err := d.js.Stream(ctx, ns.Stream(publisher.Results)); err == nil && d.cfg.Results.IDInSubject {
+	if s, err := d.js.Stream(ctx, ns.Stream(publisher.Results)); err == nil {
 		n := s.CachedInfo().State.Msgs
 		status, do := isOK, ""
 		if n*resultMemory > 2<<30 {
-			status, do = isWarn, "keep results for a shorter time (results.max_age), or give up that a second result is impossible (results.id_in_subject: false)"
+			status, do = isWarn, "keep results for a shorter time (results.max_age)"
 		}
 		d.note("memory of RESULTS", status, do, "%d results kept, about %s of server memory", n, size(n*resultMemory))
 	}
@@ -250,7 +250,7 @@ func (d *doctor) owners(ctx context.Context) {
 	if err != nil {
 		return
 	}
-	owners, err := consumer.Owners(ctx, kv)
+	owners, err := ownership.Owners(ctx, kv)
 	if err != nil {
 		d.note("owners", isFail, "", "%v", err)
 		return

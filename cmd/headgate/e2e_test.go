@@ -35,7 +35,7 @@ func TestResult(t *testing.T) {
 		"Headgate-Creator": "alice", "Headgate-Operation": "top", "Headgate-Status": "200", "Headgate-Attempts": "1",
 		"Headgate-Upstream-Request-Id": "up-1", "Headgate-Empty": "", "traceparent": traceparent,
 	})
-	if ms, err := strconv.Atoi(m.Headers().Get("Headgate-Duration-Ms")); err != nil || ms < 0 || ms > 2000 {
+	if ms, err := strconv.Atoi(m.Headers().Get("Headgate-Duration-Ms")); err != nil || ms < 0 || ms > int(patience.Milliseconds()) {
 		t.Errorf("Headgate-Duration-Ms: %q", m.Headers().Get("Headgate-Duration-Ms"))
 	}
 	call := w.api.of("alice")[0]
@@ -94,20 +94,30 @@ func history(t *testing.T, m jetstream.Msg) (attempts []map[string]any) {
 }
 
 func TestThrottledCreatorIsLeftAlone(t *testing.T) {
+	// A busy machine needs longer to serve the others than the shortest hold lasts.
+	for hold := 2 * time.Second; !throttledCreatorIsLeftAlone(t, hold); hold *= 2 {
+		if hold > patience {
+			t.Fatalf("in a hold of %v the others are not served", hold)
+		}
+	}
+}
+
+// throttledCreatorIsLeftAlone reports false if the hold ended before the others were served.
+func throttledCreatorIsLeftAlone(t *testing.T, hold time.Duration) bool {
 	w := newWorld(t, natsservertest.URL(t))
 	var until time.Time
 	var mu sync.Mutex
 	w.api.answer("alice", func(n int, rw http.ResponseWriter, r *http.Request) {
 		if n == 1 {
-			status(429, "", "Retry-After", "2")(n, rw, r)
 			mu.Lock()
-			until = time.Now().Add(2 * time.Second)
+			until = time.Now().Add(hold)
 			mu.Unlock()
+			status(429, "", "Retry-After", strconv.Itoa(int(hold.Seconds())))(n, rw, r)
 			return
 		}
 		status(200, `{}`)(n, rw, r)
 	})
-	w.worker()
+	defer w.worker()()
 	w.publish("requests.alice.send", `{}`, "Nats-Msg-Id", "first")
 	eventually(t, "the hold is stored", func() bool { return w.messages("KV_HOLDS") == 1 })
 	for i := range 5 {
@@ -119,7 +129,7 @@ func TestThrottledCreatorIsLeftAlone(t *testing.T) {
 	end := until
 	mu.Unlock()
 	if time.Now().After(end) {
-		t.Fatal("the others were served only after the hold")
+		return false
 	}
 	results := w.outcomes("RESULTS", "results.alice.>", 6)
 	checkHeaders(t, results["first"].Headers(), map[string]string{"Headgate-Attempts": "2"})
@@ -129,10 +139,11 @@ func TestThrottledCreatorIsLeftAlone(t *testing.T) {
 		t.Errorf("%d calls for 6 requests of which one was throttled once", len(calls))
 	}
 	for _, c := range calls[1:] {
-		if c.at.Before(end.Add(-20 * time.Millisecond)) { // the server's clock stops after it has answered
+		if c.at.Before(end) {
 			t.Errorf("called %v before Retry-After was over", end.Sub(c.at))
 		}
 	}
+	return true
 }
 
 func TestRefusedConnection(t *testing.T) {
@@ -152,17 +163,16 @@ func TestRefusedConnection(t *testing.T) {
 		t.Fatalf("history of %d attempts", len(attempts))
 	}
 	var last time.Time
-	var gap time.Duration
 	for i, a := range attempts {
 		at, err := time.Parse(time.RFC3339Nano, fmt.Sprint(a["at"]))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if i > 0 {
-			if at.Sub(last) <= gap {
-				t.Errorf("attempt %d after %v, the one before after %v", i+1, at.Sub(last), gap)
+			// Base 100 ms, doubling, seen by two clocks.
+			if least := 90 * time.Millisecond << (i - 1); at.Sub(last) < least {
+				t.Errorf("attempt %d after %v, want at least %v", i+1, at.Sub(last), least)
 			}
-			gap = at.Sub(last)
 		}
 		last = at
 	}
@@ -275,7 +285,8 @@ func TestRestartInTheMiddle(t *testing.T) {
 	w.worker()
 	eventually(t, "all are settled", func() bool { return w.messages("REQUESTS") == 0 })
 
-	results, dead := int(w.messages("RESULTS")), int(w.messages("DLQ"))
+	dead := int(w.messages("DLQ"))
+	results := int(w.messages("RESULTS")) - dead // a dead letter has its tombstone there
 	if results+dead != creators*each {
 		t.Fatalf("%d results and %d dead letters for %d requests", results, dead, creators*each)
 	}

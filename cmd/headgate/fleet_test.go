@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -15,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -25,8 +23,8 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
-	"github.com/headgate-io/headgate/consumer"
 	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
+	"github.com/headgate-io/headgate/internal/ownership"
 )
 
 const asNode = "TEST_AS_NATS_NODE" // a natsservertest.Node as JSON
@@ -65,8 +63,8 @@ type fleet struct {
 	through string // where the workers find the servers; "": where they are
 	pay     bool   // every fifth request is one that must not be called twice
 
-	mu    sync.Mutex
-	acked []string // ids of requests with a PubAck
+	mu    sync.Mutex // of the workers, where a test ends them by itself
+	books books
 }
 
 const fleetConfig = `
@@ -256,12 +254,12 @@ func (f *fleet) any() string {
 func (f *fleet) balanced(within time.Duration) time.Duration {
 	f.t.Helper()
 	began := time.Now()
-	var owners []consumer.Ownership
+	var owners []ownership.Ownership
 	for {
 		ctx, cancel := context.WithTimeout(f.t.Context(), 2*time.Second)
 		kv, err := f.js.KeyValue(ctx, "OWNERS")
 		if err == nil {
-			owners, err = consumer.Owners(ctx, kv)
+			owners, err = ownership.Owners(ctx, kv)
 		}
 		cancel()
 		good := err == nil && len(owners) == len(f.workers)
@@ -297,21 +295,7 @@ func (f *fleet) load(ctx context.Context, creators int, every time.Duration) {
 		if f.pay && n%5 == 0 {
 			operation = "pay"
 		}
-		m := nats.NewMsg(fmt.Sprintf("requests.creator-%d.%s", n%creators, operation))
-		id := fmt.Sprintf("r-%d", n)
-		m.Header.Set(nats.MsgIdHdr, id)
-		// Until there is a PubAck: an ingester does the same.
-		for ctx.Err() == nil {
-			short, cancel := context.WithTimeout(ctx, 2*time.Second)
-			_, err := f.js.PublishMsg(short, m)
-			cancel()
-			if err == nil {
-				f.mu.Lock()
-				f.acked = append(f.acked, id)
-				f.mu.Unlock()
-				break
-			}
-		}
+		f.books.publish(ctx, f.js, entry{fmt.Sprintf("creator-%d", n%creators), operation, fmt.Sprintf("r-%d", n)})
 	}
 }
 
@@ -321,7 +305,7 @@ func (f *fleet) underLoad(workers, creators int, every time.Duration) (stop func
 	for range workers {
 		f.start()
 	}
-	f.t.Logf("%d workers balanced after %v", workers, f.balanced(20*time.Second).Round(time.Millisecond))
+	f.t.Logf("%d workers balanced after %v", workers, f.balanced(2*time.Minute).Round(time.Millisecond))
 	ctx, cancel := context.WithCancel(f.t.Context())
 	var load sync.WaitGroup
 	load.Go(func() { f.load(ctx, creators, every) })
@@ -335,36 +319,25 @@ func (f *fleet) underLoad(workers, creators int, every time.Duration) (stop func
 }
 
 // settled waits until every acknowledged request has its one outcome.
-func (f *fleet) settled(within time.Duration) {
+func (f *fleet) settled(within time.Duration) []storedOutcome {
 	f.t.Helper()
-	f.mu.Lock()
-	acked := slices.Clone(f.acked)
-	f.mu.Unlock()
 	began := time.Now()
 	for {
-		outcomes := map[string]int{}
-		err := errors.Join(f.collect("RESULTS", 3, outcomes), f.collect("DLQ", 4, outcomes))
-		missing, double := []string{}, []string{}
-		for _, id := range acked {
-			switch n := outcomes[id]; {
-			case n == 0:
-				missing = append(missing, id)
-			case n > 1:
-				double = append(double, id)
-			}
-		}
+		ctx, cancel := context.WithTimeout(f.t.Context(), 30*time.Second)
+		missing, double, all, err := f.books.compare(ctx, f.js)
+		cancel()
 		if len(double) > 0 {
 			f.t.Fatalf("%d requests have two outcomes: %v", len(double), double[:min(5, len(double))])
 		}
 		if err == nil && len(missing) == 0 {
-			f.t.Logf("%d acknowledged requests have %d outcomes, one each, %v after the last", len(acked), len(outcomes), time.Since(began).Round(time.Millisecond))
-			return
+			f.t.Logf("%d acknowledged requests have their outcomes, %v after the last", f.books.count(), time.Since(began).Round(time.Millisecond))
+			return all
 		}
 		if time.Since(began) > within {
 			f.dump(missing)
-			f.t.Fatalf("%d of %d requests have no outcome: %v (%v)", len(missing), len(acked), missing[:min(5, len(missing))], err)
+			f.t.Fatalf("%d of %d requests have no outcome: %v (%v)", len(missing), f.books.count(), missing[:min(5, len(missing))], err)
 		}
-		time.Sleep(250 * time.Millisecond)
+		time.Sleep(time.Second)
 	}
 }
 
@@ -373,7 +346,7 @@ func (f *fleet) dump(missing []string) {
 	ctx, cancel := context.WithTimeout(f.t.Context(), 10*time.Second)
 	defer cancel()
 	if kv, err := f.js.KeyValue(ctx, "OWNERS"); err == nil {
-		owners, err := consumer.Owners(ctx, kv)
+		owners, err := ownership.Owners(ctx, kv)
 		f.t.Logf("owners: %+v, %v", owners, err)
 	}
 	if s, err := f.js.Stream(ctx, "REQUESTS"); err == nil {
@@ -388,7 +361,13 @@ func (f *fleet) dump(missing []string) {
 			}
 		}
 	}
-	for _, args := range [][]string{{"status"}, {"creators"}, {"why", "creator-" + creatorOf(missing[0])}} {
+	if len(missing) == 0 {
+		return
+	}
+	creator, rest, _ := strings.Cut(missing[0], ".")
+	_, rest, _ = strings.Cut(rest, ".")
+	id, _, _ := strings.Cut(rest, " ")
+	for _, args := range [][]string{{"status"}, {"creators"}, {"why", creator}, {"why", "--request", id}} {
 		out, err := f.run(args...)
 		f.t.Logf("headgate %v: %v\n%s", args, err, out)
 	}
@@ -396,7 +375,7 @@ func (f *fleet) dump(missing []string) {
 	for _, name := range logs {
 		log, _ := os.ReadFile(name)
 		for line := range strings.Lines(string(log)) {
-			if strings.Contains(line, `"`+missing[0]+`"`) || strings.Contains(line, "POISON") {
+			if strings.Contains(line, `"`+id+`"`) || strings.Contains(line, "POISON") {
 				f.t.Logf("%s: %s", filepath.Base(name), line)
 			}
 		}
@@ -426,12 +405,6 @@ func (f *fleet) dump(missing []string) {
 		}
 		f.t.Logf("%s:\n%s", name, strings.Join(lines[max(0, len(lines)-600):], ""))
 	}
-}
-
-// creatorOf is the creator that load gives a request.
-func creatorOf(id string) string {
-	n, _ := strconv.Atoi(strings.TrimPrefix(id, "r-"))
-	return strconv.Itoa(n % 40)
 }
 
 func (f *fleet) collect(stream string, token int, outcomes map[string]int) error {

@@ -64,7 +64,7 @@ func TestOperate(t *testing.T) {
 	}
 
 	w.api.answer("throttled", nil)
-	w.headgate("release", "throttled")
+	w.headgate("release", "throttled", "--force")
 	w.outcome("RESULTS", "results.throttled.send.a")
 	w.outcome("RESULTS", "results.throttled.send.b")
 	if text := w.headgate("why", "--request", "a"); !strings.Contains(text, "it has its result") {
@@ -74,7 +74,7 @@ func TestOperate(t *testing.T) {
 	// The service does the same for any NATS client.
 	say := func(subject, body string) string {
 		t.Helper()
-		m, err := w.nc.Request(subject, []byte(body), 2*time.Second)
+		m, err := w.nc.Request(subject, []byte(body), patience)
 		if err != nil {
 			t.Fatalf("%s: %v", subject, err)
 		}
@@ -204,7 +204,8 @@ func TestReplay(t *testing.T) {
 	if n := int(w.messages("DLQ")); n != 0 {
 		t.Errorf("%d dead letters are left", n)
 	}
-	within(t, patience, "all have results", func() bool { return int(w.messages("RESULTS")) == letters })
+	// Beside the tombstones of the dead letters.
+	within(t, patience, "all have results", func() bool { return int(w.messages("RESULTS")) == 2*letters })
 	total := 0
 	for c := range creators {
 		name := fmt.Sprintf("c%d", c)
@@ -219,7 +220,7 @@ func TestReplay(t *testing.T) {
 		if len(keys) != letters/creators || len(calls) != letters/creators {
 			t.Errorf("%s: %d calls of %d requests, want %d", name, len(calls), len(keys), letters/creators)
 		}
-		keeps(t, name, at, 150, 60)
+		keeps(t, name, at, 150, 60+3) // as many as are in flight may come late, and together
 	}
 	t.Logf("%d letters replayed, %d calls", letters, total)
 }
@@ -346,7 +347,7 @@ func TestPurge(t *testing.T) {
 	}
 	w.headgate("purge", "--creator", who, "--yes")
 
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	names := w.js.StreamNames(ctx)
 	for name := range names.Name() {
@@ -385,7 +386,9 @@ func TestManyCreators(t *testing.T) {
 		creators = 20_000
 	}
 	w := newWorld(t, natsservertest.URL(t))
-	w.change("creator: {rate: inf, concurrency: 3}", "creator: {rate: 1/h, burst: 1, concurrency: 3}")
+	// A bucket that is full again only in an hour keeps a creator known. There is enough in it for
+	// calls that fail on a busy machine.
+	w.change("creator: {rate: inf, concurrency: 3}", "creator: {rate: 1/h, burst: 10, concurrency: 3}")
 	w.publishMany(creators, func(i int) *nats.Msg {
 		return &nats.Msg{Subject: fmt.Sprintf("requests.creator-%d.send", i), Data: []byte("{}")}
 	})

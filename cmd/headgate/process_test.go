@@ -15,9 +15,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/headgate-io/headgate/consumer"
 	"github.com/headgate-io/headgate/internal/natsserver"
 	"github.com/headgate-io/headgate/internal/natsserver/natsservertest"
+	"github.com/headgate-io/headgate/internal/ownership"
 )
 
 // The test binary is also the program, and a NATS server, for tests that need
@@ -191,7 +191,7 @@ func TestEmbeddedServerIsShared(t *testing.T) {
 func TestWorkerShowsItself(t *testing.T) {
 	w := newWorld(t, natsservertest.URL(t))
 	port := freePorts(t, 1)[0]
-	w.change("shutdown_grace: 2s", fmt.Sprintf("shutdown_grace: 2s\nadmin: 127.0.0.1:%d", port))
+	w.change("shutdown_grace: 30s", fmt.Sprintf("shutdown_grace: 30s\nadmin: 127.0.0.1:%d", port))
 	w.api.answer("bob", status(422, "{}"))
 	stop := w.worker()
 	w.publish("requests.alice.send", `{}`)
@@ -224,7 +224,7 @@ func TestWorkerShowsItself(t *testing.T) {
 		}
 		return !strings.Contains(body, "alice")
 	})
-	var workers []consumer.Ownership
+	var workers []ownership.Ownership
 	if err := json.Unmarshal([]byte(w.headgate("workers", "-o", "json")), &workers); err != nil || len(workers) != 1 || len(workers[0].Partitions) != 4 {
 		t.Errorf("workers: %+v, %v", workers, err)
 	}

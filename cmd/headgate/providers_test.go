@@ -75,7 +75,7 @@ func TestProviders(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, err := holds.Get(t.Context(), c.held); err != nil {
+				if _, err := holds.Get(t.Context(), c.held+".api"); err != nil {
 					t.Errorf("%s is not held: %v", c.held, err)
 				}
 			}

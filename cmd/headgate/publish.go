@@ -219,7 +219,7 @@ func publishFile(ctx context.Context, p *publisher.Publisher, in io.Reader, out,
 }
 
 // showProgress shows text now and then until it is stopped: in place on a
-// terminal, as lines else. What takes under two seconds shows nothing.
+// terminal, otherwise as lines. What takes under two seconds shows nothing.
 func showProgress(w io.Writer, mu *sync.Mutex, text func() string) (stop func()) {
 	every, format := 3*time.Second, "%s\n"
 	terminal := telemetry.IsTerminal(w)

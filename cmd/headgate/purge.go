@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/control"
 	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
 )
@@ -30,7 +31,8 @@ func purgeCommand() *cobra.Command {
 		Short: "Erase all that is stored of a creator: requests, results, dead letters, events, holds, limits",
 		Long: `Erase all that is stored of a creator, for a request under a data protection law:
 requests, results, dead letters, events, holds, limits, ledger records and large bodies.
-The creator is held meanwhile, and calls in flight are waited for.`,
+The creator is held meanwhile, and calls in flight are waited for. A hold that the API's
+answers ask for until a time is kept, and named: exit code 5.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			token, err := publisher.EncodeToken(creator)
@@ -55,14 +57,13 @@ The creator is held meanwhile, and calls in flight are waited for.`,
 			if err := confirm(cmd, yes, fmt.Sprintf("Erase all that is stored of %s, for good?", creator)); err != nil {
 				return err
 			}
-			if err := p.settle(cmd.Context()); err != nil {
+			if found, err = p.erase(cmd.Context()); err != nil {
 				return err
 			}
-			p.dry = false
-			if found, err = p.run(cmd.Context()); err != nil {
+			if err := write(cmd.OutOrStdout(), output, found, header, row); err != nil {
 				return err
 			}
-			return write(cmd.OutOrStdout(), output, found, header, row)
+			return p.sayKept()
 		},
 	}
 	flags := cmd.Flags()
@@ -82,22 +83,50 @@ type purge struct {
 	creator, token string
 	dry            bool
 	found          []erased
+	kept           *resilience.Hold // the API's hold that is not over
 }
 
-// settle holds the creator and waits until none of its calls is in flight.
+func (p *purge) target() control.Target { return control.Target{Creator: p.creator} }
+
+// erase holds the creator, erases all that is stored of it, and ends the hold. If it fails,
+// people's hold is as it was before.
+func (p *purge) erase(ctx context.Context) (found []erased, err error) {
+	desk, err := p.s.desk(ctx)
+	if err != nil {
+		return nil, err
+	}
+	undo, err := desk.HoldMeanwhile(ctx, p.target(), resilience.Hold{
+		Since: time.Now(), Until: time.Now().Add(5 * time.Minute), Reason: "is being erased", Who: operator(),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("hold %s: %w", p.creator, err)
+	}
+	if err = p.settle(ctx); err == nil {
+		p.dry = false
+		found, err = p.run(ctx)
+	}
+	if err != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), actWithin)
+		defer cancel()
+		return nil, errors.Join(err, undo(ctx))
+	}
+	return found, nil
+}
+
+// sayKept names the hold that was not erased.
+func (p *purge) sayKept() error {
+	if p.kept == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %s is erased except for the hold that the API asks for until %s (%s), which bears its name; purge again when it is over, or end it before by `headgate release %s --force`",
+		errPartly, p.creator, p.kept.Until.Local().Format(time.DateTime), p.kept.Reason, p.creator)
+}
+
+// settle waits until none of the calls of the creator, which is held, is in flight.
 func (p *purge) settle(ctx context.Context) error {
-	holds, err := p.s.bucket(ctx, publisher.Holds)
-	if err != nil {
-		return err
-	}
-	value, err := consumer.EncodeHold(resilience.Hold{Since: time.Now(), Until: time.Now().Add(5 * time.Minute), Reason: "is being erased", Who: operator()})
-	if err != nil {
-		return err
-	}
-	if _, err := holds.Put(ctx, "creator."+p.token, value); err != nil {
-		return fmt.Errorf("hold %s: %w", p.creator, err)
-	}
-	err = p.await(ctx, func(y consumer.Why) bool { return y.InFlight == 0 && y.Reason == resilience.ReasonHold })
+	err := p.await(ctx, func(y consumer.Why) bool {
+		return y.InFlight+y.Settling+y.LookingUp == 0 && (y.Reason == resilience.ReasonHold || y.Reason == resilience.ReasonAccountHold || y.Reason == resilience.ReasonProviderHold)
+	})
 	if err != nil {
 		return fmt.Errorf("wait for the calls of %s that are in flight; nothing was erased, try again: %w", p.creator, err)
 	}
@@ -127,21 +156,6 @@ func (p *purge) await(ctx context.Context, so func(consumer.Why) bool) error {
 
 func (p *purge) run(ctx context.Context) ([]erased, error) {
 	p.found = nil
-	// The ids of its requests are in what is erased, so their records go first.
-	ids, err := p.requestIDs(ctx)
-	if err != nil {
-		return nil, err
-	}
-	ledger := "KV_" + p.ns.Stream(publisher.Ledger)
-	records := erased{Where: p.ns.Stream(publisher.Ledger)}
-	for id := range ids {
-		n, err := p.subject(ctx, ledger, "$KV."+p.ns.Stream(publisher.Ledger)+"."+id)
-		if err != nil {
-			return nil, err
-		}
-		records.Messages += n
-	}
-	p.found = append(p.found, records)
 	if err := p.bodies(ctx); err != nil {
 		return nil, err
 	}
@@ -157,31 +171,87 @@ func (p *purge) run(ctx context.Context) ([]erased, error) {
 		}
 		p.found = append(p.found, erased{p.ns.Stream(place.stream), n})
 	}
-	for _, bucket := range []string{publisher.Limits, publisher.Holds} {
-		name := p.ns.Stream(bucket)
-		if !p.dry {
-			// First so that the workers hear of it, then without a trace.
-			if kv, err := p.s.bucket(ctx, bucket); err != nil {
-				return nil, err
-			} else if err := kv.Delete(ctx, "creator."+p.token); err != nil {
-				return nil, fmt.Errorf("erase from %s: %w", name, err)
-			}
-		}
-		n, err := p.subject(ctx, "KV_"+name, "$KV."+name+".creator."+p.token)
-		if err != nil {
-			return nil, err
-		}
-		p.found = append(p.found, erased{name, n})
+	ledger := p.ns.Stream(publisher.Ledger)
+	records, err := p.subject(ctx, "KV_"+ledger, "$KV."+ledger+"."+p.token+".*")
+	if err != nil {
+		return nil, err
 	}
-	if !p.dry {
-		// The workers tell of the release as well, before they say that there is no hold.
-		if err := p.await(ctx, func(y consumer.Why) bool { return y.Reason != resilience.ReasonHold }); err != nil {
+	p.found = append(p.found, erased{ledger, records})
+	for _, erase := range []func(context.Context) error{p.limits, p.holds} {
+		if err := erase(ctx); err != nil {
 			return nil, err
 		}
 	}
 	n, err := p.subject(ctx, p.ns.Stream(publisher.Events), p.ns.Subject("events", "*", "*", p.token))
 	p.found = append(p.found, erased{p.ns.Stream(publisher.Events), n})
 	return p.found, err
+}
+
+// limits erases the creator's limits: first so that the workers hear of it, then without
+// a trace.
+func (p *purge) limits(ctx context.Context) error {
+	name, key := p.ns.Stream(publisher.Limits), "creator."+p.token
+	if !p.dry {
+		kv, err := p.s.bucket(ctx, publisher.Limits)
+		if err != nil {
+			return err
+		}
+		if err := kv.Delete(ctx, key); err != nil {
+			return fmt.Errorf("erase from %s: %w", name, err)
+		}
+	}
+	n, err := p.subject(ctx, "KV_"+name, "$KV."+name+"."+key)
+	p.found = append(p.found, erased{name, n})
+	return err
+}
+
+// holds ends the creator's holds and erases them. The API's stays as long as calls would
+// break a limit.
+func (p *purge) holds(ctx context.Context) error {
+	name := p.ns.Stream(publisher.Holds)
+	if !p.dry {
+		desk, err := p.s.desk(ctx)
+		if err != nil {
+			return err
+		}
+		ended, err := desk.Release(ctx, p.target(), false, operator())
+		if err != nil {
+			return fmt.Errorf("erase from %s: %w", name, err)
+		}
+		p.kept = ended.Stands
+		if err := p.awaitRelease(ctx); err != nil {
+			return err
+		}
+	}
+	count := erased{Where: name}
+	for _, by := range []control.Authority{control.ByPeople, control.ByAPI} {
+		if by == control.ByAPI && p.kept != nil {
+			continue
+		}
+		key, err := p.target().Key(by)
+		if err != nil {
+			return err
+		}
+		n, err := p.subject(ctx, "KV_"+name, "$KV."+name+"."+key)
+		if err != nil {
+			return err
+		}
+		count.Messages += n
+	}
+	p.found = append(p.found, count)
+	return nil
+}
+
+// awaitRelease waits until the worker has ended people's hold: only then has it told of
+// it, which is to be erased, too.
+func (p *purge) awaitRelease(ctx context.Context) error {
+	err := p.await(ctx, func(y consumer.Why) bool {
+		return y.Reason != resilience.ReasonHold || p.kept != nil && y.Until != nil && y.Until.Equal(p.kept.Until)
+	})
+	if err != nil {
+		return fmt.Errorf("wait for the worker to end the hold of %s: %w", p.creator, err)
+	}
+	return nil
 }
 
 // subject counts and erases a stream's messages.
@@ -206,71 +276,6 @@ func (p *purge) subject(ctx context.Context, stream, subject string) (uint64, er
 	return n, nil
 }
 
-// requestIDs are the encoded ids of all requests of the creator that are known.
-func (p *purge) requestIDs(ctx context.Context) (map[string]bool, error) {
-	ids := map[string]bool{}
-	for stream, subject := range map[string]string{
-		publisher.Results: p.ns.Subject("results", p.token, ">"), publisher.DLQ: p.ns.Subject("dlq", "*", p.token, ">"),
-	} {
-		subjects, err := subjectsOf(ctx, p.js, p.ns.Stream(stream), subject)
-		if err != nil {
-			return nil, err
-		}
-		for s := range subjects {
-			ids[s[strings.LastIndexByte(s, '.')+1:]] = true
-		}
-	}
-	// The letters of some were dropped or replayed, and are still in the ledger.
-	if err := p.claimed(ctx, ids); err != nil {
-		return nil, err
-	}
-	// Those that are waiting have their ids in a header.
-	st, err := p.js.Stream(ctx, p.ns.Stream(publisher.Requests))
-	if err != nil {
-		return nil, fmt.Errorf("look at the requests: %w", err)
-	}
-	for seq := uint64(1); ; {
-		m, err := st.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(p.ns.Subject("requests", "*", p.token, ">")))
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return ids, nil
-		}
-		if err != nil {
-			return nil, fmt.Errorf("look at the requests: %w", err)
-		}
-		if id := m.Header.Get(jetstream.MsgIDHeader); id != "" {
-			ids[publisher.IDToken(id)] = true
-		}
-		seq = m.Sequence + 1
-	}
-}
-
-// claimed adds the ids of requests that the ledger knows as dead letters of the creator.
-func (p *purge) claimed(ctx context.Context, ids map[string]bool) error {
-	fail := func(err error) error { return fmt.Errorf("look at the ledger: %w", err) }
-	kv, err := p.s.bucket(ctx, publisher.Ledger)
-	if err != nil {
-		return err
-	}
-	watcher, err := kv.WatchAll(ctx, jetstream.IgnoreDeletes())
-	if err != nil {
-		return fail(err)
-	}
-	defer func() { _ = watcher.Stop() }()
-	for {
-		select {
-		case <-ctx.Done():
-			return fail(ctx.Err())
-		case e := <-watcher.Updates():
-			if e == nil {
-				return nil
-			}
-			if consumer.ClaimedFor(e.Value()) == p.creator {
-				ids[e.Key()] = true
-			}
-		}
-	}
-}
-
 // bodies erases what is in the object store, names and all.
 func (p *purge) bodies(ctx context.Context) error {
 	bucket := p.ns.Stream(publisher.Bodies)
@@ -284,7 +289,7 @@ func (p *purge) bodies(ctx context.Context) error {
 		return fmt.Errorf("look at object store %s: %w", bucket, err)
 	}
 	for _, o := range objects {
-		if parts := strings.Split(o.Name, "."); len(parts) != 4 || parts[1] != p.token {
+		if parts := strings.Split(o.Name, "."); len(parts) < 4 || parts[1] != p.token {
 			continue
 		}
 		count.Messages++

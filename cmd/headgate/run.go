@@ -4,8 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"slices"
+	"syscall"
+	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nuid"
 	"github.com/spf13/cobra"
 
@@ -29,7 +34,11 @@ On SIGTERM it stops taking messages, lets calls in flight finish within
 shutdown_grace, gives back what has not been called, and exits 0.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := openSession(cmd)
+			var s *session
+			err := patiently(cmd.Context(), cmd.ErrOrStderr(), func() (err error) {
+				s, err = openSession(cmd)
+				return err
+			})
 			if err != nil {
 				return err
 			}
@@ -52,17 +61,20 @@ func runWorker(ctx context.Context, s *session, ensure bool) error {
 		return err
 	}
 	defer closeAPI()
-	if ensure {
-		_, err = s.topology().Ensure(ctx, s.js)
-	} else {
-		err = verify(ctx, s)
-	}
-	if err != nil {
-		return err
-	}
 	metrics := telemetry.NewMetrics()
 	cfg.Observer = metrics
-	w, err := consumer.New(ctx, s.nc, cfg)
+	var w *consumer.Worker
+	err = patiently(ctx, s.log, func() (err error) {
+		if ensure {
+			_, err = s.topology().Ensure(ctx, s.js)
+		} else {
+			err = verify(ctx, s)
+		}
+		if err == nil {
+			w, err = consumer.New(ctx, s.nc, cfg)
+		}
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -79,6 +91,32 @@ func runWorker(ctx context.Context, s *session, ensure bool) error {
 	return w.Run(ctx)
 }
 
+const (
+	// startPatience is for how long a worker that starts waits for servers that do not answer: they
+	// may be starting, too.
+	startPatience = time.Minute
+	startAgain    = 2 * time.Second
+)
+
+// patiently runs f again as long as the servers do not answer.
+func patiently(ctx context.Context, w io.Writer, f func() error) error {
+	for began := time.Now(); ; {
+		err := f()
+		away := slices.ContainsFunc([]error{
+			nats.ErrNoServers, nats.ErrTimeout, nats.ErrDisconnected, nats.ErrReconnectBufExceeded, context.DeadlineExceeded, syscall.ECONNRESET,
+		}, func(e error) bool { return errors.Is(err, e) })
+		if err == nil || !away || ctx.Err() != nil || time.Since(began) > startPatience {
+			return err
+		}
+		fmt.Fprintf(w, "headgate: %v; trying again for %v\n", err, (startPatience - time.Since(began)).Round(time.Second))
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(startAgain):
+		}
+	}
+}
+
 // verify refuses to work on what is not there, or on other partitions.
 func verify(ctx context.Context, s *session) error {
 	changes, err := s.topology().Plan(ctx, s.js)
@@ -86,6 +124,11 @@ func verify(ctx context.Context, s *session) error {
 		return err
 	}
 	for _, c := range changes {
+		if c.Kind == "consumer" && c.Action == "create" {
+			// It concerns one partition: the worker owns the others meanwhile, and this one when it is there.
+			s.log.Error().Str(c.Kind, c.Name).Msg("missing, so the requests of its partition wait; run `headgate setup` to make it again")
+			continue
+		}
 		if c.Action != "update" {
 			return fmt.Errorf("%s %s is not as configured (%s); run `headgate setup` with this configuration, or start with --ensure", c.Kind, c.Name, c.Action)
 		}

@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nats.go/micro"
 
 	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/control"
 	"github.com/headgate-io/headgate/publisher"
 )
 
@@ -28,16 +28,16 @@ type workerStatus struct {
 
 // offer makes a worker's answers available.
 func (s *session) offer(ctx context.Context, name string, w *consumer.Worker) error {
-	holds, err := s.bucket(ctx, publisher.Holds)
+	desk, err := s.desk(ctx)
 	if err != nil {
 		return err
 	}
-	return offer(s.nc, s.topology().Namespace, name, w, holds)
+	return offer(s.nc, s.topology().Namespace, name, w, desk)
 }
 
-// offer lets a worker answer questions over NATS: whoever owns the creator for
+// offer lets a worker answer questions over NATS: the owner of the creator for
 // why, every worker for status and creators.
-func offer(nc *nats.Conn, ns publisher.Namespace, name string, w *consumer.Worker, holds jetstream.KeyValue) error {
+func offer(nc *nats.Conn, ns publisher.Namespace, name string, w *consumer.Worker, desk *control.Desk) error {
 	service, err := micro.AddService(nc, micro.Config{
 		Name: serviceName, Version: "1.0.0", Description: "Why creators wait, and how the workers are",
 		Metadata: map[string]string{"worker": name},
@@ -91,54 +91,32 @@ func offer(nc *nats.Conn, ns publisher.Namespace, name string, w *consumer.Worke
 				return nil, fmt.Errorf("the body is how many creators to list, 1 to %d, or nothing", maxCreators)
 			}
 		}
-		all := w.Trouble(limit)
+		all := w.Waiting(limit)
 		if all == nil {
 			all = []consumer.Why{}
 		}
 		return all, nil
 	})
-	act := func(endpoint string, do func(order) error) {
+	act := func(endpoint string, do func(order) (any, error)) {
 		if err != nil {
 			return
 		}
 		err = service.AddEndpoint(endpoint, micro.HandlerFunc(func(r micro.Request) {
 			var o order
+			var answer any
 			err := json.Unmarshal(r.Data(), &o)
 			if err == nil {
-				err = do(o)
+				answer, err = do(o)
 			}
 			if err != nil {
 				_ = r.Error("400", err.Error(), nil)
 				return
 			}
-			_ = r.RespondJSON(map[string]bool{"ok": true})
+			_ = r.RespondJSON(answer)
 		}), micro.WithEndpointSubject(serviceSubject(ns, endpoint)))
 	}
-	act("hold", func(o order) error {
-		key, _, err := o.key()
-		if err != nil {
-			return err
-		}
-		var during time.Duration
-		if o.For != "" {
-			if during, err = time.ParseDuration(o.For); err != nil || during <= 0 {
-				return fmt.Errorf("for: %q must be a duration such as 1h, or nothing", o.For)
-			}
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), actWithin)
-		defer cancel()
-		return hold(ctx, holds, key, during, o.Reason, orElse(o.Who, "service"))
-	})
-	act("release", func(o order) error {
-		key, _, err := o.key()
-		if err != nil {
-			return err
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), actWithin)
-		defer cancel()
-		_, err = release(ctx, holds, key)
-		return err
-	})
+	act("hold", func(o order) (any, error) { return done{OK: true}, o.hold(desk) })
+	act("release", func(o order) (any, error) { return o.release(desk) })
 	if err != nil {
 		return fmt.Errorf("offer the service %s: %w", serviceName, err)
 	}
@@ -152,18 +130,57 @@ type order struct {
 	For     string `json:"for"`
 	Reason  string `json:"reason"`
 	Who     string `json:"who"`
+	Force   bool   `json:"force"` // release: the API's hold as well, even if it has an end of its own
 }
 
-func (o order) key() (key, who string, err error) {
-	t := target{account: o.Scope == "account", provider: o.Scope == "provider"}
+// done is the answer to an order.
+type done struct {
+	OK bool `json:"ok"` // false: released, but the API still asks to wait
+	// The API's hold that a release did not end.
+	Until  *time.Time `json:"until,omitempty"`
+	Reason string     `json:"reason,omitempty"`
+}
+
+func (o order) target() (control.Target, error) {
+	t := targetFlags{account: o.Scope == "account", provider: o.Scope == "provider"}
 	var args []string
 	if o.Creator != "" {
 		args = []string{o.Creator}
 	}
 	if o.Scope != "" && !t.account && !t.provider {
-		return "", "", fmt.Errorf("scope: %q must be account or provider, or nothing for a creator", o.Scope)
+		return control.Target{}, fmt.Errorf("scope: %q must be account or provider, or nothing for a creator", o.Scope)
 	}
-	return t.key(args)
+	return t.target(args)
+}
+
+func (o order) hold(desk *control.Desk) error {
+	target, err := o.target()
+	if err != nil {
+		return err
+	}
+	var during time.Duration
+	if o.For != "" {
+		if during, err = time.ParseDuration(o.For); err != nil || during <= 0 {
+			return fmt.Errorf("for: %q must be a duration such as 1h, or nothing", o.For)
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), actWithin)
+	defer cancel()
+	return hold(ctx, desk, target, during, o.Reason, orElse(o.Who, "service"))
+}
+
+func (o order) release(desk *control.Desk) (any, error) {
+	target, err := o.target()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), actWithin)
+	defer cancel()
+	ended, err := desk.Release(ctx, target, o.Force, orElse(o.Who, "service"))
+	if err != nil || ended.Stands == nil {
+		return done{OK: true}, err
+	}
+	return done{Until: &ended.Stands.Until, Reason: ended.Stands.Reason}, nil
 }
 
 // actWithin bounds a hold or release.

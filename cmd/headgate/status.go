@@ -158,9 +158,7 @@ func lookAround(ctx context.Context, s *session) (fleetStatus, error) {
 		}
 		*stream.rate = float64(st.LastSeq-stream.last) / time.Since(began).Seconds()
 	}
-	if !s.topology().NoIDInSubject {
-		f.Results = max(f.Results-f.Letters, 0) // a dead letter's fence takes a sequence of RESULTS
-	}
+	f.Results = max(f.Results-f.Letters, 0) // a dead letter's tombstone takes a sequence of RESULTS
 	return f, nil
 }
 
@@ -201,12 +199,12 @@ func (f *fleetStatus) print(w io.Writer) {
 	}
 	fmt.Fprintf(w, "\n            %d in flight, %d waiting in workers, %d for their turn\n", f.InFlight, f.Waiting, f.Parked)
 	if f.Account {
-		fmt.Fprintln(w, "ACCOUNT     held: nobody is called; `headgate why` of any creator says why")
+		fmt.Fprintln(w, "ACCOUNT     held: no creator is called; `headgate why` of any creator says why")
 	}
 	if f.Provider {
-		fmt.Fprintln(w, "PROVIDER    held, or its circuit breaker is open: nobody is called")
+		fmt.Fprintln(w, "PROVIDER    held, or its circuit breaker is open: creators are called now and then only, to find out whether it is back")
 	}
-	fmt.Fprintf(w, "held        %s\n", or(counts(f.Held), "nobody"))
+	fmt.Fprintf(w, "held        %s\n", or(counts(f.Held), "none"))
 	maps.DeleteFunc(f.Breakers, func(state string, _ uint64) bool { return state == "closed" })
 	fmt.Fprintf(w, "breakers    %s\n", or(counts(f.Breakers), "all closed"))
 	fmt.Fprintf(w, "dead        %s\n", or(counts(f.DeadLetters), "none"))

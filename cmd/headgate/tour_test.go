@@ -7,7 +7,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -132,7 +131,7 @@ func (w *world) asCLI(args []string) error {
 		if name, value, ok := strings.Cut(flags["-H"], ":"); ok {
 			m.Header[name] = []string{value}
 		}
-		answer, err := w.nc.RequestMsg(m, 2*time.Second)
+		answer, err := w.nc.RequestMsg(m, patience)
 		if err != nil {
 			return err
 		}
@@ -162,7 +161,7 @@ func (w *world) asCLI(args []string) error {
 		}
 		return err
 	case "micro info", "micro stats":
-		_, err := w.nc.Request("$SRV."+strings.ToUpper(arg(1))+"."+arg(2), nil, 2*time.Second)
+		_, err := w.nc.Request("$SRV."+strings.ToUpper(arg(1))+"."+arg(2), nil, patience)
 		return err
 	case "kv put", "kv get", "kv del":
 		kv, err := w.js.KeyValue(ctx, arg(2))

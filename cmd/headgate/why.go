@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/ownership"
 	"github.com/headgate-io/headgate/publisher"
 	"github.com/headgate-io/headgate/resilience"
 )
@@ -34,7 +35,7 @@ func whyCommand() *cobra.Command {
 	var output, request string
 	cmd := &cobra.Command{
 		Use:   "why [CREATOR]",
-		Short: "Say why a creator's requests, or one of them, wait, until when, and what somebody must do",
+		Short: "Say why a creator's requests, or one of them, wait, until when, and what a person must do",
 		Args:  cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if (request == "") != (len(args) == 1) {
@@ -71,16 +72,12 @@ func whyCommand() *cobra.Command {
 
 // whyRequest is why one request waits, or what became of it.
 func whyRequest(ctx context.Context, s *session, id string) (creatorWhy, error) {
-	token, err := publisher.EncodeToken(id)
-	if err != nil {
-		return creatorWhy{}, exitError{exitUsage, fmt.Errorf("request: %w", err)}
-	}
 	ns := s.topology().Namespace
 	n, err := liveWorkers(ctx, s)
 	if err != nil {
 		return creatorWhy{}, err
 	}
-	answers, err := ask[consumer.Why](s, "request."+token, "", 1, answerWithin)
+	answers, err := ask[consumer.Why](s, "request."+publisher.IDToken(id), "", 1, answerWithin)
 	if err != nil && !errors.Is(err, errNobody) {
 		return creatorWhy{}, err
 	}
@@ -88,37 +85,64 @@ func whyRequest(ctx context.Context, s *session, id string) (creatorWhy, error) 
 		return creatorWhy{Why: answers[0]}, nil
 	}
 	y := creatorWhy{Why: consumer.Why{Request: id}}
-	for _, place := range []struct {
-		stream, subject, text string
-		creator               int
-	}{
-		{publisher.Results, ns.Subject("results", "*", "*", publisher.IDToken(id)), "it has its result: nats stream get %[2]s --last-for %[1]s", 2},
-		{publisher.DLQ, ns.Subject("dlq", "*", "*", "*", publisher.IDToken(id)), "it is a dead letter: headgate dlq show %[3]s", 3},
-	} {
-		subjects, err := subjectsOf(ctx, s.js, ns.Stream(place.stream), place.subject)
-		if err != nil {
-			return y, err
-		}
-		for subject := range subjects {
-			tokens := strings.Split(subject, ".")
-			y.Creator, _ = publisher.DecodeToken(tokens[len(tokens)-3])
-			y.Text = fmt.Sprintf(place.text, subject, ns.Stream(place.stream), id)
-			return y, nil
-		}
-	}
-	ledger, err := s.bucket(ctx, publisher.Ledger)
-	if err != nil {
+	found, err := s.outcomeOf(ctx, id, &y)
+	if err != nil || found {
 		return y, err
 	}
-	switch _, err := ledger.Get(ctx, publisher.IDToken(id)); {
-	case err == nil:
+	ledger := ns.Stream(publisher.Ledger)
+	records, err := subjectsOf(ctx, s.js, "KV_"+ledger, "$KV."+ledger+".*."+publisher.IDToken(id))
+	switch {
+	case err != nil:
+		return y, err
+	case len(records) > 0:
 		y.Text = "it was called and is waiting; no worker has it at the moment"
-	case errors.Is(err, jetstream.ErrKeyNotFound):
-		y.Text = fmt.Sprintf("no outcome is stored, and none of %d workers has it: it waits to be delivered, its outcome is too old to be kept, or it was never published", n)
 	default:
-		return y, fmt.Errorf("look at the ledger: %w", err)
+		y.Text = fmt.Sprintf("no outcome is stored, and none of %d workers has it: it waits to be delivered, its outcome is too old to be kept, or it was never published", n)
 	}
 	return y, nil
+}
+
+// outcomeOf looks for the outcome of a request that no worker knows.
+func (s *session) outcomeOf(ctx context.Context, id string, y *creatorWhy) (found bool, err error) {
+	ns := s.topology().Namespace
+	letters, err := subjectsOf(ctx, s.js, ns.Stream(publisher.DLQ), ns.Subject("dlq", "*", "*", "*", publisher.IDToken(id)))
+	if err != nil {
+		return false, err
+	}
+	for subject := range letters {
+		y.Creator = creatorIn(subject)
+		y.Text = "it is a dead letter: headgate dlq show " + id
+		return true, nil
+	}
+	results, err := subjectsOf(ctx, s.js, ns.Stream(publisher.Results), ns.Subject("results", "*", "*", publisher.IDToken(id)))
+	if err != nil {
+		return false, err
+	}
+	for subject := range results {
+		y.Creator = creatorIn(subject)
+		stream, err := s.js.Stream(ctx, ns.Stream(publisher.Results))
+		if err != nil {
+			return false, fmt.Errorf("look at stream %s: %w", ns.Stream(publisher.Results), err)
+		}
+		m, err := stream.GetLastMsgForSubject(ctx, subject)
+		if err != nil {
+			return false, fmt.Errorf("look at its outcome: %w", err)
+		}
+		if class := m.Header.Get(publisher.HeaderDeadLetter); class != "" {
+			y.Text = fmt.Sprintf("it was a dead letter (%s, %s), which has been deleted or replayed since", class, m.Time.UTC().Format(time.RFC3339))
+		} else {
+			y.Text = fmt.Sprintf("it has its result: nats stream get %s --last-for %s", ns.Stream(publisher.Results), subject)
+		}
+		return true, nil
+	}
+	return false, nil
+}
+
+// creatorIn is the creator that the subject of an outcome names.
+func creatorIn(subject string) string {
+	tokens := strings.Split(subject, ".")
+	name, _ := publisher.DecodeToken(tokens[len(tokens)-3])
+	return name
 }
 
 // reasonNobody: there is no worker that calls for the creator.
@@ -276,7 +300,7 @@ func creatorsCommand() *cobra.Command {
 				return err
 			}
 			header := table.Row{"creator", "why", "until", "in flight", "waiting", "retrying", "to do"}
-			return write(cmd.OutOrStdout(), output, consumer.Worst(slices.Concat(answers...), limit), header, func(y consumer.Why) table.Row {
+			return write(cmd.OutOrStdout(), output, consumer.MostUrgent(slices.Concat(answers...), limit), header, func(y consumer.Why) table.Row {
 				until := ""
 				if y.Until != nil {
 					until = about(time.Until(*y.Until))
@@ -295,6 +319,6 @@ func liveWorkers(ctx context.Context, s *session) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	owners, err := consumer.Owners(ctx, kv)
+	owners, err := ownership.Owners(ctx, kv)
 	return max(1, len(owners)), err
 }

@@ -28,7 +28,7 @@ func workerConfig(s *session) (consumer.Config, func(), error) {
 	calls := make(map[string]api.Operation, len(c.Operations))
 	operations := make(map[string]consumer.Operation, len(c.Operations))
 	for name, op := range c.Operations {
-		calls[name] = api.Operation{Method: op.Method, Path: op.Path, Query: op.Query, Payload: op.SendsPayload(), Timeout: op.Timeout}
+		calls[name] = api.Operation{Method: op.Method, Path: op.Path, Query: op.Query, Payload: op.SendsPayload(), JSON: op.Expect == "json", Timeout: op.Timeout}
 		operations[name] = consumer.Operation{
 			Kind: kind(op.Method), NotFoundEmpty: notFoundEmpty(op, profile), Retry: retryOf(c, op.Retry),
 			NotIdempotent: op.Idempotent != nil && !*op.Idempotent, RetryUncertain: op.Uncertain == "retry",
@@ -104,7 +104,7 @@ func kind(method string) resilience.Kind {
 	return resilience.Write
 }
 
-// notFoundEmpty: what an operation says, else, for look-ups, what the provider
+// notFoundEmpty: what an operation says, otherwise, for look-ups, what the provider
 // means by a 404.
 func notFoundEmpty(op config.Operation, p *classify.Profile) bool {
 	if op.NotFound == "" {

@@ -7,7 +7,7 @@ import (
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/spf13/cobra"
 
-	"github.com/headgate-io/headgate/consumer"
+	"github.com/headgate-io/headgate/internal/ownership"
 	"github.com/headgate-io/headgate/publisher"
 )
 
@@ -27,12 +27,12 @@ func workersCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			owners, err := consumer.Owners(cmd.Context(), kv)
+			owners, err := ownership.Owners(cmd.Context(), kv)
 			if err != nil {
 				return err
 			}
 			header := table.Row{"worker", "host", "process", "since", "in flight", "partitions"}
-			return write(cmd.OutOrStdout(), output, owners, header, func(o consumer.Ownership) table.Row {
+			return write(cmd.OutOrStdout(), output, owners, header, func(o ownership.Ownership) table.Row {
 				since := "gone; its leases expire"
 				if !o.Since.IsZero() {
 					since = fmt.Sprintf("%s (%s)", o.Since.Local().Format(time.DateTime), time.Since(o.Since).Round(time.Second))

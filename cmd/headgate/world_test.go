@@ -17,6 +17,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/headgate-io/headgate/publisher"
 )
 
 // world is a broker, an API and the real program between them. Requests are
@@ -38,12 +40,12 @@ provider:
   base_url: %s
   auth: {header: apiKey, env: HEADGATE_TEST_KEY}
   creator_header: x-connection-id
-  timeout: 2s
+  timeout: 30s
 limits:
   creator: {rate: inf, concurrency: 3}
 breaker: {failures: 5, open_for: 1s, successes: 2}
 retry: {attempts: 4, base: 100ms, max: 1s, jitter: 0.1, throttled: 20, max_age: 1h}
-shutdown_grace: 2s
+shutdown_grace: 30s
 operations:
   top: {method: GET, path: /top, query: {creatorId: "{creator}", limit: "{limit}"}, not_found: empty}
   "*": {method: POST, path: "/c/{creator}/{operation}", body: payload}
@@ -116,7 +118,7 @@ func (w *world) worker() (stop func() string) {
 			if code != exitOK {
 				w.t.Errorf("the worker ended with %d:\n%s", code, stderr.String())
 			}
-		case <-time.After(30 * time.Second):
+		case <-time.After(patience):
 			w.t.Errorf("the worker does not end:\n%s", stderr.String())
 		}
 		if log := stderr.String(); strings.Contains(log, "s3cret") {
@@ -177,13 +179,16 @@ func (w *world) outcomes(stream, subject string, n int) map[string]jetstream.Msg
 	}
 	got := map[string]jetstream.Msg{}
 	for len(got) < n {
-		batch, err := consumer.Fetch(n-len(got), jetstream.FetchMaxWait(20*time.Second))
+		batch, err := consumer.Fetch(n-len(got), jetstream.FetchMaxWait(patience))
 		if err != nil {
 			w.t.Fatal(err)
 		}
 		found := false
 		for m := range batch.Messages() {
 			found = true
+			if m.Headers().Get(publisher.HeaderDeadLetter) != "" {
+				continue // a tombstone: the dead letter is in DLQ
+			}
 			tokens := strings.Split(m.Subject(), ".")
 			id := tokens[len(tokens)-1]
 			if got[id] != nil {
@@ -215,10 +220,10 @@ func (w *world) messages(stream string) uint64 {
 	return s.CachedInfo().State.Msgs
 }
 
-// eventually awaits a condition.
+// eventually awaits a condition, for as long as a busy machine may need.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	within(t, 20*time.Second, what, condition)
+	within(t, patience, what, condition)
 }
 
 func within(t *testing.T, limit time.Duration, what string, condition func() bool) {

@@ -21,7 +21,7 @@ import (
 
 // bare is the yardstick: a loop that speaks the same protocol as the worker,
 // pull → HTTP → result with its headers and the id in its subject, PubAck →
-// confirmed ack, and does nothing else. It holds nobody, limits nothing, and
+// confirmed ack, and does nothing else. It has no holds and no limits, and
 // forgets everything.
 type bare struct {
 	nc       *nats.Conn

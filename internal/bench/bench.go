@@ -145,7 +145,7 @@ func (s *stand) startServer() (err error) {
 // cpu is how many seconds of CPU time the server has used; 0 if it is not ours.
 func (s *stand) cpu() (seconds float64, err error) {
 	if s.server == nil {
-		return 0, nil // somebody else's
+		return 0, nil // the server is not this benchmark's
 	}
 	if _, err := fmt.Fprintln(s.stdin); err != nil {
 		return 0, err
@@ -173,7 +173,7 @@ func (s *stand) close() {
 	}
 }
 
-// remove deletes what a benchmark left on somebody else's server.
+// remove deletes what a benchmark left on a server that is not its own.
 func (s *stand) remove() {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()

@@ -15,7 +15,7 @@ import (
 	"github.com/headgate-io/headgate/publisher"
 )
 
-// Isolation says what the healthy creators are given to do, and beside whom.
+// Isolation sets the work of the healthy creators, and the trouble beside them.
 type Isolation struct {
 	Runs     int           // pairs, of which the median counts
 	Creators int           // healthy ones
@@ -34,7 +34,7 @@ func DefaultIsolation() Isolation {
 // trouble is a way to misbehave.
 type trouble struct {
 	name    string
-	retry   time.Duration // window in which nobody may call
+	retry   time.Duration // window in which no call may come
 	answer  func(w http.ResponseWriter, r *http.Request)
 	several bool    // Hanging creators instead of one
 	bound   float64 // of the healthy ones' time, as a multiple of that without trouble

@@ -124,7 +124,7 @@ func runHeadgate(ctx context.Context, j Job) error {
 		c.Name = j.Name
 		c.Gates.InFlight = j.InFlight
 		c.Observer = metrics
-		// A log that somebody keeps, as by default.
+		// A log that is kept, as by default.
 		c.Log = zerolog.New(io.Discard).Level(zerolog.InfoLevel).With().Timestamp().Logger()
 	})
 	if err != nil {
