@@ -217,6 +217,7 @@ func TestBeforeEnter(t *testing.T) {
 	natsservertest.Simulate(t, func(t *testing.T) {
 		r := newRig(t, 16)
 		var w *worker
+		started := make(chan struct{})
 		asked, early, unclaimed := 0, 0, 0
 		fails := errors.New("HOLDS cannot be read")
 		w = r.start("a", func(c *Config) {
@@ -224,6 +225,7 @@ func TestBeforeEnter(t *testing.T) {
 				if asked++; asked == 1 {
 					return fails
 				}
+				<-started
 				early += len(w.owned())
 				for n := range r.partitions {
 					if !w.Lease(n).Claimed() {
@@ -233,6 +235,7 @@ func TestBeforeEnter(t *testing.T) {
 				return nil
 			}
 		})
+		close(started)
 		r.all(10*time.Second, w)
 		if asked != 2 || early != 0 || unclaimed != 0 {
 			t.Errorf("asked %d times; %d were entered before, %d not claimed", asked, early, unclaimed)
